@@ -20,10 +20,16 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests may import from this fil
 torch.set_num_threads(1)
 
 
+def script_path(name: str) -> Path:
+    """algos/<name>.py, or a broken copy of it in the folder $ONEFILE_ALGOS: that is how
+    one sees that a test goes red when its mistake is put back."""
+    return Path(os.environ.get("ONEFILE_ALGOS", ROOT / "algos"), f"{name}.py")
+
+
 def load_script(name: str) -> ModuleType:
     """algos/<name>.py as a module, loaded once."""
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "algos" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(name, script_path(name))
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
@@ -32,7 +38,12 @@ def load_script(name: str) -> ModuleType:
 def char_tokenizer(**special: str) -> transformers.PreTrainedTokenizerFast:
     """One token a character; pad, eos and unk have ids 0, 1 and 2 unless given."""
     special = special or {"pad_token": "<pad>", "eos_token": "<eos>"}
-    characters = [*dict.fromkeys(special.values()), "<unk>", "\n", *map(chr, range(32, 127))]
+    characters = [
+        *dict.fromkeys(special.values()),
+        "<unk>",
+        "\n",
+        *map(chr, range(32, 127)),
+    ]
     vocabulary = {character: i for i, character in enumerate(characters)}
     backend = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
     backend.decoder = decoders.Fuse()
@@ -41,7 +52,9 @@ def char_tokenizer(**special: str) -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def small_qwen3(vocab_size: int, seed: int = 0, **changes) -> transformers.Qwen3ForCausalLM:
+def small_qwen3(
+    vocab_size: int, seed: int = 0, **changes
+) -> transformers.Qwen3ForCausalLM:
     """A random Qwen3 (RoPE, grouped queries) of some ten thousand parameters."""
     torch.manual_seed(seed)
     config = dict(vocab_size=vocab_size, hidden_size=32, intermediate_size=64)
@@ -49,15 +62,23 @@ def small_qwen3(vocab_size: int, seed: int = 0, **changes) -> transformers.Qwen3
     config |= dict(head_dim=8, max_position_embeddings=128, initializer_range=0.3)
     config |= dict(tie_word_embeddings=True, pad_token_id=0, eos_token_id=1)
     config |= dict(bos_token_id=None)
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config | changes)).eval()
+    return transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**config | changes)
+    ).eval()
 
 
-def small_gpt2(vocab_size: int, seed: int = 0, **changes) -> transformers.GPT2LMHeadModel:
+def small_gpt2(
+    vocab_size: int, seed: int = 0, **changes
+) -> transformers.GPT2LMHeadModel:
     """A random GPT-2 (learned positions) of the same size."""
     torch.manual_seed(seed)
-    config = dict(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    config = dict(
+        vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=128
+    )
     config |= dict(initializer_range=0.3, eos_token_id=1, bos_token_id=1)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**config | changes)).eval()
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**config | changes)
+    ).eval()
 
 
 def save_model(folder: Path, model, tokenizer) -> str:
@@ -65,6 +86,71 @@ def save_model(folder: Path, model, tokenizer) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+class Recorder(torch.optim.SGD):
+    """Plain gradient descent that keeps every gradient it is given, (parameters,)."""
+
+    def __init__(self, model, lr: float = 0.0):
+        super().__init__(model.parameters(), lr)
+        self.seen = []
+
+    def step(self):
+        parameters = self.param_groups[0]["params"]
+        self.seen.append(torch.cat([p.grad.flatten().clone() for p in parameters]))
+        super().step()
+
+
+def cpu_args(script: ModuleType, **changes):
+    """The script's Args for an exact test: fp32 on the CPU, gradients never clipped."""
+    exact = dict(device="cpu", dtype="float32", max_grad_norm=1e30, warmup_steps=0)
+    return script.Args(**exact | changes)
+
+
+def random_rollout(
+    script: ModuleType,
+    vocab_size: int,
+    prompt_lengths: list[int],
+    lengths: list[int],
+    truncated: list[bool] | None = None,
+    seed: int = 0,
+):
+    """A Rollout of random tokens with EOS = 1 at the end of each completion that is not
+    truncated. Its padding is random too: nobody may look at it."""
+    generator = torch.Generator().manual_seed(seed)
+    size, p, c = len(lengths), max(prompt_lengths), max(lengths)
+    truncated = torch.tensor(truncated or [False] * size)
+    tokens = torch.randint(2, vocab_size, (size, p + c), generator=generator)
+    seen = torch.zeros(size, p + c, dtype=torch.int64)
+    for i, (before, after) in enumerate(zip(prompt_lengths, lengths)):
+        seen[i, p - before : p + after] = 1
+        if not truncated[i]:
+            tokens[i, p + after - 1] = 1
+    mask = seen[:, p:].float()
+    return script.Rollout(
+        tokens=tokens,
+        attention_mask=seen,
+        completion_mask=mask,
+        logprobs=torch.zeros(size, c),
+        rewards=torch.zeros(size),
+        truncated=truncated,
+        texts=[""] * size,
+    )
+
+
+def plain_logprobs(model, rollout, temperature: float = 1.0) -> list[torch.Tensor]:
+    """Log-probs of each completion's tokens, (length,) each, in the model's dtype and with
+    gradient: one row at a time, nothing padded, straight from the model's logits."""
+    rows = []
+    for i, row in enumerate(rollout.tokens):
+        ids = row[rollout.attention_mask[i].bool()]
+        length = int(rollout.completion_mask[i].sum())
+        log_softmax = (model(ids[None]).logits[0] / temperature).log_softmax(-1)
+        start = len(ids) - length
+        rows.append(
+            torch.stack([log_softmax[t - 1, ids[t]] for t in range(start, len(ids))])
+        )
+    return rows
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +172,12 @@ def run_script(script: Path | str, *flags: str, cwd: Path, timeout: float = 120,
     command = [sys.executable, str(script), *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | env
     return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
+        command,
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
