@@ -3,27 +3,27 @@
 Papers: GRPO (DeepSeekMath, arXiv 2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476).
 
 Draw a group of G completions of each prompt, score them, and compare each with its own
-group: what did better becomes more likely, what did worse less. There is no value network.
+group: what did better becomes more likely, what did worse less. No value network.
 Maximised over theta, for completions i = 1..G of a prompt with rewards r_i:
 
     A_i   = (r_i - mean(r)) / (std(r) + eps)           --advantage-scale std (GRPO)
     A_i   =  r_i - mean(r)                             --advantage-scale none (Dr. GRPO)
-    rho_t = pi_theta(y_t | c_t) / pi_old(y_t | c_t)    c_t: the prompt and earlier tokens
+    rho_t = pi_theta(y_t | c_t) / pi_old(y_t | c_t)    c_t: prompt and earlier tokens
     J     = 1/Z sum_i sum_t w_i min(rho_t A_i, clip(rho_t, 1 - e_low, 1 + e_high) A_i)
             - beta KL(pi_theta || pi_ref)              --kl-coef beta, 0 by default
 
-    --normalization token     w_i = 1,        Z = completion tokens           (DAPO)
-                    sequence  w_i = 1/|y_i|,  Z = completions                 (GRPO)
-                    constant  w_i = 1,        Z = completions x max length    (Dr. GRPO)
+    --normalization token     w_i = 1,        Z = completion tokens         (DAPO)
+                    sequence  w_i = 1/|y_i|,  Z = completions               (GRPO)
+                    constant  w_i = 1,        Z = completions x max length  (Dr. GRPO)
 
-Z is one number for an optimiser step, whatever the micro-batches and ranks. At the first
-update on a batch rho is exactly 1: the loss is near 0, its gradient -A grad log pi is not.
+Z is one number for an optimiser step, over all micro-batches and ranks. At the first
+update on a batch rho is exactly 1: the loss is near 0, its gradient -A grad log pi not.
 
 Differences. std divides by G - 1 (the paper does not say), eps is 1e-4. The KL term is
 rho k2, rho detached and k2 = (log pi - log pi_ref)^2 / 2: its gradient is the reverse
-KL's at each state, while the paper's k3, as a loss, has the forward KL's. Groups of equal
-rewards have A = 0 and cost nothing; they are not drawn anew as in DAPO. The learning rate
-is constant after a warm-up, so that a longer run continues a shorter one.
+KL's at each state, while the paper's k3, as a loss, has the forward KL's. Groups of
+equal rewards have A = 0 and cost nothing; they are not drawn anew as in DAPO. The
+learning rate is constant after a warm-up: a longer run continues a shorter one.
 
     python algos/grpo.py
     python algos/grpo.py --model Qwen/Qwen3-0.6B --data train.jsonl --max-new-tokens 512
@@ -68,7 +68,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 OWN = ()  # names whose text may differ from that in the other scripts
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))  # of torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclasses.dataclass
@@ -158,63 +159,66 @@ def countdown_problems(split: str, seed: int, size: int) -> Iterator[Problem]:
 
 
 def countdown_reward(problem: Problem, completion: str) -> float:
-    """1.0 for correct steps that use every number once and reach the target, else 0.0."""
+    """1.0 for right steps that use every number once and reach the target, else 0.0."""
     given, target = problem.answer
     pool = list(given)
     for step in completion[: 20 * len(given)].split(";"):
         match = re.fullmatch(r"([0-9]{1,4})([-+*/])([0-9]{1,4})=([0-9]{1,4})", step)
-        a, b, result = (int(match[i]) for i in (1, 3, 4)) if match else (0, 0, 0)
-        if not match or a not in pool or b not in pool or (a == b and pool.count(a) < 2):
+        if not match:
             return 0.0
+        a, b, result = int(match[1]), int(match[3]), int(match[4])
+        for operand in (a, b):
+            if operand not in pool:
+                return 0.0
+            pool.remove(operand)
         if OPERATORS[match[2]](a, b) != result:
             return 0.0
-        pool.remove(a)
-        pool.remove(b)
         pool.append(result)
     return float(pool == [target] and len(completion) <= 20 * len(given))
 
 
 def answer_reward(problem: Problem, completion: str) -> float:
-    """For --data: 1.0 if the answer is the text after the last "Answer:" (all the text if
-    there is none) or the last number in it, else 0.0."""
+    """For --data: 1.0 if the answer is the text after the last "Answer:" (all the text
+    if there is none) or the last number in it, else 0.0."""
     text = completion[-1000:].rpartition("Answer:")[2].strip().rstrip(".")
     numbers = re.findall(r"-?[0-9]+(?:[.,][0-9]+)*", text)
     return float(str(problem.answer).strip() in (text, *numbers[-1:]))
 
 
 def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
-    """Problems to train on, held-out ones (no prompt in both), reward(problem, text)."""
-    where, every, splits = args.data or args.task, 1, ("train", "eval")
+    """Problems to train on, held-out ones (none in both), reward(problem, text)."""
+    where, splits = args.data or args.task, ("train", "eval")
     if args.data:
-        reward, every = answer_reward, 1 if args.eval_data else 10
         with blame("cannot read the data"):
             files = [args.data, args.eval_data or args.data]
             sources = [Path(file).read_text("utf-8").splitlines() for file in files]
+        reward = answer_reward
     elif size := re.fullmatch(r"countdown(?:-([2-9]))?", args.task):
-        reward, size = countdown_reward, int(size[1] or 3)
-        sources = [countdown_problems(split, args.seed, size) for split in splits]
+        n, reward = int(size[1] or 3), countdown_reward
+        sources = [countdown_problems(split, args.seed, n) for split in splits]
     elif args.task.endswith(".py"):
-        with blame(f"{where} is not a task with the functions problems and reward"):
+        with blame(f"{where} is no task with the functions problems and reward"):
             plugin = runpy.run_path(args.task)
             reward, problems = plugin["reward"], plugin["problems"]
             sources = [problems(split, args.seed) for split in splits]
     else:
-        fail(f"unknown task {where!r}: use countdown, countdown-4 or the path of a task.py")
+        fail(f"unknown task {where!r}: give countdown, countdown-4 or a task.py")
     parsed = [], []
     for problems, source, most in zip(parsed, sources, (20_000, 2_000)):
         for i, item in enumerate(itertools.islice(source, most), 1):
-            with blame(f"{where}, line {i}: not an object with prompt and answer"):
+            with blame(f"{where}, line {i}: no object with prompt and answer"):
                 item = json.loads(item) if args.data else item
                 if not isinstance(item, Problem):
                     item = item["prompt"], item["answer"], item.get("solution", "")
                 problems.append(Problem(*item))
-    held_out = parsed[1][::every][: args.eval_prompts]
+    held_out = parsed[1][:: 10 if args.data and not args.eval_data else 1]
+    held_out = held_out[: args.eval_prompts]
     seen = {str(problem.prompt) for problem in held_out}
     train = [problem for problem in parsed[0] if str(problem.prompt) not in seen]
     if len(train) < args.prompts_per_step or not held_out:
-        fail(f"{where} is too short: {len(train)} problems are left to train on for "
-             f"--prompts-per-step {args.prompts_per_step}, {len(held_out)} held out")  # fmt: skip
-    score(reward, train[:1], [train[0].solution])  # a broken reward ends here, not later
+        fail(f"{where} is too short: {len(train)} problems to train on (a step takes "
+             f"{args.prompts_per_step}) and {len(held_out)} held out")  # fmt: skip
+    score(reward, train[:1], [train[0].solution])  # a broken reward ends here
     return train, held_out, reward
 
 
@@ -239,16 +243,18 @@ def warm_start(problems: list[Problem], seed: int) -> tuple:
     vocabulary = {character: i for i, character in enumerate(characters)}
     backend = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
     backend.decoder = decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    config = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, head_dim=32)
-    config |= dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
-    config |= dict(vocab_size=len(characters), max_position_embeddings=512)
-    config |= dict(pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    special |= dict(tokenizer_object=backend)
+    tokenizer = transformers.PreTrainedTokenizerFast(**special)
+    shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+    shape |= dict(vocab_size=len(characters), max_position_embeddings=512)
+    ids = dict(pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    config = transformers.Qwen3Config(tie_word_embeddings=True, **shape, **ids)
     torch.manual_seed(seed)
-    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config))
+    model = transformers.Qwen3ForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=800)
-    for _ in tqdm(range(800), "warm start, once", leave=False):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=600)
+    for _ in tqdm(range(600), "warm start, once", leave=False):
         batch = [problems[i] for i in torch.randint(len(problems), (64,))]
         prompts = tokenizer([p.prompt for p in batch])["input_ids"]
         answers = tokenizer([p.solution + "<eos>" for p in batch])["input_ids"]
@@ -267,15 +273,17 @@ def tiny_model(problems: list[Problem], seed: int) -> str:
     """Folder of the warm-started model, cached under a hash of all that defines it."""
     solved = [p for p in problems if isinstance(p.prompt, str) and p.solution]
     if not solved:
-        fail("the tiny model starts from worked answers and there are none: set --model")
-    code = [inspect.getsource(function) for function in (warm_start, token_logprobs, pad)]
-    defined = json.dumps([code, solved, seed, torch.__version__, transformers.__version__])
-    name = f"tiny-{hashlib.sha256(defined.encode()).hexdigest()[:16]}"
-    path = Path("runs", "cache", name)
+        fail("the tiny model needs worked answers to start from: give a --model")
+    code = [inspect.getsource(part) for part in (warm_start, token_logprobs, pad)]
+    defined = [code, solved, seed, torch.__version__, transformers.__version__]
+    name = f"tiny-{hashlib.sha256(json.dumps(defined).encode()).hexdigest()[:16]}"
+    path, new = Path("runs/cache", name), Path("runs/cache", f"{name}.{os.getpid()}")
     if not path.exists() and RANK == 0:
         for part in warm_start(solved, seed):
-            part.save_pretrained(path.with_suffix(f".{os.getpid()}"))
-        path.with_suffix(f".{os.getpid()}").rename(path)
+            part.save_pretrained(new)
+        with contextlib.suppress(OSError):  # another process was first
+            new.rename(path)
+        shutil.rmtree(new, ignore_errors=True)
     if WORLD_SIZE > 1:
         dist.barrier()
     return str(path)
@@ -342,16 +350,17 @@ def encode_prompts(tokenizer, problems: list[Problem], longest: int) -> list[lis
                 ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
                 ids = ids["input_ids"]
             if not 0 < len(ids) <= longest:
-                raise ValueError(f"{len(ids)} tokens; 1 to {longest} fit the context")
+                raise ValueError(f"{len(ids)} tokens, there is room for {longest}")
         encoded.append(ids)
     return encoded
 
 
-def uniforms(seed: int, step: int, prompts: int, samples: int, length: int) -> torch.Tensor:
-    """The noise of a step, (prompts, samples, length) float64 in [0, 1): a function of
-    seed and step alone, whatever ran before and however many ranks there are."""
-    noise = np.random.default_rng([seed, step]).random((prompts, samples, length))
-    return torch.from_numpy(noise)
+def uniforms(args: Args, step: int, prompts: int, samples: int) -> torch.Tensor:
+    """Noise (prompts x samples, max_new_tokens) float64 in [0, 1), this rank's share: a
+    function of seed and step alone, whatever ran before and however many ranks run."""
+    shape = prompts, samples, args.max_new_tokens
+    noise = np.random.default_rng([args.seed, step]).random(shape)[RANK::WORLD_SIZE]
+    return torch.from_numpy(noise).flatten(0, 1)
 
 
 def completion_mask(completions: torch.Tensor, eos_token_id: int) -> tuple:
@@ -409,36 +418,33 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
 def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> Rollout:
     """Completions of the prompts, len(noise) / len(prompts) of each; no rewards yet."""
     model.eval()
-    eos, group_size, parts = tokenizer.eos_token_id, len(noise) // len(prompts), []
-    noise, ids = noise.to(args.device), pad(prompts, tokenizer.pad_token_id, "left")
+    eos, group_size = tokenizer.eos_token_id, len(noise) // len(prompts)
+    ids = pad(prompts, tokenizer.pad_token_id, "left").to(args.device)
     seen = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(args.device)
-    ids, n = ids.to(args.device), max(1, args.rollout_batch_size // group_size)
-    for i in range(0, len(prompts), n):
-        own = ids[i : i + n], seen[i : i + n], noise[i * group_size :][: n * group_size]
-        with autocast(args):
-            parts.append(decode(model, *own, args.temperature, eos))
+    noise, n = noise.to(args.device), max(1, args.rollout_batch_size // group_size)
+    batches = zip(ids.split(n), seen.split(n), noise.split(n * group_size))
+    with autocast(args):
+        parts = [decode(model, *batch, args.temperature, eos) for batch in batches]
     completions, logprobs = (torch.cat(part) for part in zip(*parts))
     mask, truncated = completion_mask(completions, eos)
     width = int(mask.sum(-1).max())
     completions, logprobs, mask = (x[:, :width] for x in (completions, logprobs, mask))
     completions = completions.masked_fill(mask == 0, tokenizer.pad_token_id)
     ids, seen = (x.repeat_interleave(group_size, 0) for x in (ids, seen))
-    return Rollout(
-        tokens=torch.cat([ids, completions], -1),
-        attention_mask=torch.cat([seen, mask.long()], -1),
-        completion_mask=mask,
-        logprobs=logprobs * mask,
-        rewards=torch.zeros(len(mask)),
-        truncated=truncated,
-        texts=tokenizer.batch_decode(completions, skip_special_tokens=True),
-    )
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    tokens = torch.cat([ids, completions], -1)
+    attention_mask = torch.cat([seen, mask.long()], -1)
+    rewards = torch.zeros(len(mask), device=args.device)
+    logprobs = logprobs * mask
+    return Rollout(tokens, attention_mask, mask, logprobs, rewards, truncated, texts)
 
 
 # -------------------------------- Log-probabilities -----------------------------------
 
 
-def token_logprobs(model, tokens, attention_mask, completion_length: int,
-                   temperature: float) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def token_logprobs(
+    model, tokens, attention_mask, completion_length: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs (B, C), with gradient, and entropies (B, C) of the last C columns of
     tokens (B, T), in nats; 0 where attention_mask (B, T) is.
 
@@ -469,15 +475,13 @@ def token_logprobs(model, tokens, attention_mask, completion_length: int,
 # --------------------------------- THE ALGORITHM --------------------------------------
 
 
-def group_advantages(
-    rewards: torch.Tensor, group_size: int, scale: str = "std"
-) -> torch.Tensor:
+def group_advantages(rewards, group_size: int, scale: str = "std") -> torch.Tensor:
     """Advantages (B,) of rewards (B,), group after group: r - mean(r), for scale "std"
     divided by std(r) + 1e-4 (DeepSeekMath, section 4.1.2), for "none" not (Dr. GRPO).
-    0 where a group's rewards are equal. ValueError: group_size < 2, non-finite rewards."""
+    0 where a group's rewards are equal. ValueError: group_size < 2, a reward is nan."""
     if group_size < 2 or not rewards.isfinite().all():
         bad = (~rewards.isfinite()).nonzero().flatten().tolist()
-        raise ValueError(f"group_size {group_size} < 2, or rewards {bad} are not finite")
+        raise ValueError(f"group_size {group_size} < 2 or rewards {bad} not finite")
     groups = rewards.view(-1, group_size)
     advantages = groups - groups.mean(-1, keepdim=True)
     if scale == "std":
@@ -487,7 +491,7 @@ def group_advantages(
 
 
 def loss_weights(mask: torch.Tensor, normalization: str, max_length: int) -> tuple:
-    """w (B, C) and Z of the module docstring; rows without a token in mask count not."""
+    """w (B, C) and Z of the docstring above; rows masked as a whole are not counted."""
     lengths = mask.sum(-1, keepdim=True)
     rows = (lengths > 0).sum().float()
     if normalization == "sequence":
@@ -495,12 +499,13 @@ def loss_weights(mask: torch.Tensor, normalization: str, max_length: int) -> tup
     return mask, lengths.sum() if normalization == "token" else rows * max_length
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, clip_low, clip_high,
-                denominator) -> tuple[torch.Tensor, dict]:  # fmt: skip
+def policy_loss(
+    logprobs, old_logprobs, advantages, mask, clip_low, clip_high, denominator
+) -> tuple[torch.Tensor, dict]:
     """-J without the KL: PPO's clipped surrogate with DAPO's two clips, a scalar.
 
-    logprobs, old_logprobs (B, C); advantages (B,) or (B, C); mask (B, C) holds a token's
-    weight w, or 0; denominator is Z. Losses and stats (tokens; clipped: those whose
+    logprobs, old_logprobs (B, C); advantages (B,) or (B, C); mask (B, C): a token's
+    weight w, or 0; denominator: Z. Losses and stats (tokens; clipped: those whose
     gradient the clip takes) of micro-batches add up to those of the batch.
     """
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
@@ -532,64 +537,68 @@ def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, 
     live = (mask.any(-1) & ((advantages != 0) | (args.kl_coef > 0))).nonzero()[:, 0]
     live = live[mask[live].sum(-1).argsort(stable=True)]  # like lengths side by side
     old, ref = rollout.logprobs.clone(), rollout.logprobs.clone()
-    parameters = [p for p in model.parameters() if p.requires_grad]
     for i in range(args.updates_per_batch):
-        sums = torch.zeros(5, device=mask.device)  # loss, kl, entropy, clipped, tokens
+        totals = torch.zeros(5, device=mask.device)
         for rows in live.split(args.micro_batch_size) if len(live) else ():
-            batch = rollout.tokens[rows], rollout.attention_mask[rows], width
+            batch = rollout.tokens[rows], rollout.attention_mask[rows]
+            batch = *batch, width, args.temperature
             with autocast(args):
-                logprobs, entropy = token_logprobs(model, *batch, args.temperature)
+                logprobs, entropy = token_logprobs(model, *batch)
                 if i == 0:
                     old[rows] = logprobs.detach()  # so that rho is exactly 1
                 if i == 0 and reference:
                     with torch.no_grad():
-                        ref[rows], _ = token_logprobs(reference, *batch, args.temperature)
-            w, kl = weights[rows], torch.zeros((), device=mask.device)
-            loss, stats = policy_loss(logprobs, old[rows], advantages[rows], w, *clips, z)
+                        ref[rows], _ = token_logprobs(reference, *batch)
+            w, A, kl = weights[rows], advantages[rows], torch.zeros_like(z)
+            loss, stats = policy_loss(logprobs, old[rows], A, w, *clips, z)
             if reference:
                 kl = kl_loss(logprobs, old[rows], ref[rows], w, z)
             (loss + args.kl_coef * kl).backward()
-            terms = loss, kl, (entropy * (w > 0)).sum(), stats["clipped"], stats["tokens"]
-            sums += torch.stack([term.detach() for term in terms])
-        for p in parameters:
-            p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-        before = [p.detach().flatten()[:4096].clone() for p in parameters]  # a sample
-        optimizer.step()
-        optimizer.zero_grad()
-    change = [p.detach().flatten()[:4096] - b for p, b in zip(parameters, before)]
+            entropy = (entropy * (w > 0)).sum()
+            sums = loss, kl, stats["tokens"], stats["clipped"], entropy
+            totals += torch.stack([x.detach() for x in sums])
+        norm, change = optimizer_step(model, optimizer, args.max_grad_norm)
+    loss, kl, tokens, clipped, entropy = all_reduce(totals).tolist()
+    tokens = max(tokens, 1.0)
     gap = ((old - rollout.logprobs) * mask).abs()  # scored against sampled log-probs
-    sums = all_reduce(torch.cat([sums, gap.sum()[None]])).tolist()
-    loss, kl, entropy, clipped, tokens, gap_sum = (x / max(sums[4], 1) for x in sums)
-    return {
-        "loss": sums[0],
-        "kl": sums[1],
-        "entropy": entropy,
-        "clip_fraction": clipped,
-        "delta_logp_mean": gap_sum,
-        "delta_logp_max": all_reduce(gap.max(), "MAX").item(),
-        "grad_norm": norm.item(),
-        "relative_update": (torch.cat(change).norm() / torch.cat(before).norm()).item(),
-    }
+    gap_mean, gap_max = all_reduce(gap.sum()) / tokens, all_reduce(gap.max(), "MAX")
+    stats = {"loss": loss, "kl": kl, "grad_norm": norm, "relative_update": change}
+    stats |= {"delta_logp_mean": gap_mean.item(), "delta_logp_max": gap_max.item()}
+    return stats | {"entropy": entropy / tokens, "clip_fraction": clipped / tokens}
+
+
+def optimizer_step(model, optimizer, max_grad_norm: float) -> tuple[float, float]:
+    """One step along the sum of the ranks' gradients. Its norm before clipping, and
+    |change| / |weights| measured on the first 4,096 entries of each tensor."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    before = torch.cat([p.detach().flatten()[:4096] for p in parameters])
+    optimizer.step()
+    optimizer.zero_grad()
+    after = torch.cat([p.detach().flatten()[:4096] for p in parameters])
+    return norm.item(), ((after - before).norm() / before.norm()).item()
 
 
 # ----------------------------------- Evaluation ---------------------------------------
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased chance that one of k samples is correct if c of n were (Chen et al. 2021)."""
+    """Unbiased estimate from c right in n samples (Chen et al. 2021, equation 1)."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def evaluate(model, tokenizer, prompts, problems, reward, args) -> dict[str, float]:
-    """pass@1, pass@n (correct: a reward of 1 or more) and mean reward of n = eval_samples
-    completions of each held-out problem, shared among ranks; the noise is always the same."""
+    """pass@1, pass@n (right: a reward of 1 or more) and mean reward of n = eval_samples
+    completions of each held-out problem, shared by the ranks; always the same noise."""
     n, mine = args.eval_samples, slice(RANK, None, WORLD_SIZE)
-    noise = uniforms(args.seed, 0, len(problems), n, args.max_new_tokens)[mine]
-    rollout = generate(model, tokenizer, prompts[mine], noise.flatten(0, 1), args)
-    rewards = score(reward, [p for p in problems[mine] for _ in range(n)], rollout.texts)
-    correct = (rewards.view(-1, n) >= 1).sum(-1).tolist()
-    sums = [sum(pass_at_k(n, c, k) for c in correct) for k in (1, n)]
+    noise = uniforms(args, 0, len(problems), n)
+    rollout = generate(model, tokenizer, prompts[mine], noise, args)
+    posed = [problem for problem in problems[mine] for _ in range(n)]
+    rewards = score(reward, posed, rollout.texts)
+    right = (rewards.view(-1, n) >= 1).sum(-1).tolist()
+    sums = [sum(pass_at_k(n, c, k) for c in right) for k in (1, n)]
     sums = all_reduce(torch.tensor([*sums, rewards.sum() / n], device=args.device))
     names = "eval/pass@1", f"eval/pass@{n}", "eval/reward"
     return dict(zip(names, (sums / len(problems)).tolist()))
@@ -599,27 +608,27 @@ def evaluate(model, tokenizer, prompts, problems, reward, args) -> dict[str, flo
 
 
 def open_run(args: Args, step: int) -> Path:
-    """The folder of a new run, or that of a resumed one with its logs cut after `step`."""
-    run_dir, git = Path(args.run_dir), "git rev-parse HEAD 2>/dev/null"
-    with blame("cannot open the run folder"):
+    """The folder of a new run, or of a resumed one with its logs cut after `step`."""
+    run_dir, here = Path(args.run_dir), Path(__file__).parent
+    with blame(f"cannot open the run folder {run_dir}"):
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
         for log in run_dir.glob("*.jsonl"):
-            lines = log.read_text().splitlines(keepends=True)
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
+            lines = [x for x in log.read_text().splitlines(True) if x.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
             log.with_suffix(".new").write_text("".join(kept))
             log.with_suffix(".new").replace(log)
-        here = Path(__file__).parent
-        commit = subprocess.run(git, shell=True, cwd=here, capture_output=True, text=True)
+        git = ["git", "rev-parse", "HEAD"] if shutil.which("git") else ["true"]
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout
         gpu = torch.cuda.get_device_name() if args.device == "cuda" else "no GPU"
-        record = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-        record |= {"args": vars(args), "python": sys.version, "commit": commit.stdout[:-1]}
-        record |= {"hardware": f"{os.cpu_count()} CPU cores, {gpu}"}
-        (run_dir / "args.json").write_text(json.dumps(record, indent=1))
+        about = {"python": sys.version, "torch": torch.__version__}
+        about |= {"transformers": transformers.__version__, "commit": commit.strip()}
+        about |= {"hardware": f"{os.cpu_count()} CPU cores, {gpu}", "args": vars(args)}
+        (run_dir / "args.json").write_text(json.dumps(about, indent=1))
     return run_dir
 
 
 def write_logs(run_dir: Path, args: Args, metrics: dict, sample: dict) -> None:
-    """A line of metrics.jsonl and one of samples.jsonl; wandb may fail, training not."""
+    """A line of metrics.jsonl and of samples.jsonl; wandb may fail, training not."""
     with blame(f"cannot write in {run_dir}"):
         for name, record in (("metrics", metrics), ("samples", sample)):
             with (run_dir / f"{name}.jsonl").open("a") as file:
@@ -639,13 +648,14 @@ def write_logs(run_dir: Path, args: Args, metrics: dict, sample: dict) -> None:
 
 
 def save_checkpoint(run_dir: Path, step: int, model, tokenizer, optimizer) -> None:
-    """checkpoint/ of the run, written beside and renamed: at any moment one is whole."""
-    new, last, old = (run_dir / f"checkpoint{suffix}" for suffix in (".new", "", ".old"))
+    """checkpoint/ of the run, written beside, then renamed: one is always whole."""
+    new, last, old = (run_dir / f"checkpoint{x}" for x in (".new", "", ".old"))
     try:
-        with blame(f"cannot save step {step} in {run_dir}; the last checkpoint is whole"):
+        with blame(f"cannot save step {step} in {run_dir} (the last save is whole)"):
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
-            torch.save({"step": step, "optimizer": optimizer.state_dict()}, new / "state.pt")
+            state = {"step": step, "optimizer": optimizer.state_dict()}
+            torch.save(state, new / "state.pt")
             for path in [*new.iterdir(), new]:
                 descriptor = os.open(path, os.O_RDONLY)
                 os.fsync(descriptor)
@@ -690,38 +700,43 @@ def parse_args() -> Args:
     """The flags, checked and completed; those of the run itself if one is resumed."""
     args = read_flags()
     if args.resume:
-        last, old = (Path(args.resume, name) for name in ("checkpoint", "checkpoint.old"))
+        last, old = (Path(args.resume, f"checkpoint{x}") for x in ("", ".old"))
         with blame(f"{args.resume} holds no run to resume"):
             if old.exists() and not last.exists():  # killed between the two renames
                 old.rename(last)
             saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
-            done = torch.load(last / "state.pt", weights_only=True)["step"]
             saved = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
+            done = torch.load(last / "state.pt", weights_only=True)["step"]
         args, free = read_flags(saved), ("steps", "save_every", "track")
         for name, value in vars(saved).items():
             if getattr(args, name) != value and name not in free:
-                fail(f"--{name} contradicts the run in {args.resume}, which has {value!r}")
+                flag = f"--{name.replace('_', '-')}"
+                fail(f"{flag} contradicts the run in {args.resume}: it has {value!r}")
         if args.steps <= done:
             fail(f"{args.resume} is at step {done} already: give more --steps")
     may_be_0 = "seed", "warmup_steps", "kl_coef", "clip_low", "clip_high"
     for name, value in vars(args).items():
-        if type(value) in (int, float) and not 0 < value < math.inf:
-            if value != 0 or name not in may_be_0:
-                fail(f"--{name.replace('_', '-')} is {value}: it must be above 0")
-    args.run_dir = args.run_dir or time.strftime(f"runs/grpo/%Y%m%d-%H%M%S-s{args.seed}")
-    found = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()]
+        fine = (
+            0 < value < math.inf if type(value) in (int, float) else True
+        )  # nan is not
+        if not fine and (value != 0 or name not in may_be_0):
+            fail(f"--{name.replace('_', '-')} is {value}: it must be above 0")
+    now = time.strftime("%Y%m%d-%H%M%S")
+    args.run_dir = args.run_dir or f"runs/grpo/{now}-s{args.seed}"
+    found = [x for x in ("cuda", "mps") if getattr(torch, x).is_available()] + ["cpu"]
     if args.device == "auto":
-        args.device = (*found, "cpu")[0]
+        args.device = found[0]
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.model == "tiny" else 1e-6
+    exists = Path(args.run_dir).exists() and not args.resume
     for wrong, message in (
         (args.group_size < 2, "--group-size must be 2 or more: A compares completions"),
         (args.clip_low >= 1, "--clip-low must be below 1"),
-        (args.device not in (*found, "cpu"), f"no {args.device} here: use --device cpu"),
-        (args.prompts_per_step % WORLD_SIZE, "the ranks must divide --prompts-per-step"),
-        (Path(args.run_dir).exists() and not args.resume, f"{args.run_dir} exists already"),
+        (args.device not in found, f"there is no {args.device} here: use --device cpu"),
+        (args.prompts_per_step % WORLD_SIZE, "ranks must divide --prompts-per-step"),
+        (exists, f"{args.run_dir} exists: give another --run-dir, or --resume it"),
     ):
         if wrong:
             fail(message)
@@ -729,95 +744,94 @@ def parse_args() -> Args:
 
 
 def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, float]:
-    """What the metrics say of a rollout (means over all ranks), of time and of memory."""
-    groups, lengths = rollout.rewards.view(-1, args.group_size), rollout.completion_mask.sum(-1)
-    means = {
-        "reward_mean": groups.mean(),
-        "reward_std": groups.std(-1).mean(),  # inside a group
-        "dead_group_share": (groups.amax(-1) == groups.amin(-1)).float().mean(),
-        "truncated_share": rollout.truncated.float().mean(),
-        "completion_length": lengths.mean(),
-    }
-    values = all_reduce(torch.stack([*means.values()])) / WORLD_SIZE
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if args.device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    metrics = dict(zip(means, values.tolist()), peak_memory_gb=peak / 2**30)
+    """What the metrics say of a rollout (means over the ranks), of time and memory."""
+    groups = rollout.rewards.view(-1, args.group_size)
+    dead = (groups.amax(-1) == groups.amin(-1)).float()
+    lengths = rollout.completion_mask.sum(-1)
+    means = groups.mean(), groups.std(-1).mean(), dead.mean()  # std: inside a group
+    means = torch.stack([*means, rollout.truncated.float().mean(), lengths.mean()])
+    names = "reward_mean reward_std dead_group_share truncated_share completion_length"
+    metrics = dict(zip(names.split(), (all_reduce(means) / WORLD_SIZE).tolist()))
     names = "seconds_rollout", "seconds_score", "seconds_update"
     metrics |= dict(zip(names, np.diff(clock).tolist()))
-    speed = lengths.sum().item() * WORLD_SIZE / (clock[-1] - clock[0])
-    return metrics | {"tokens_per_second": speed}
+    tokens = metrics["completion_length"] * len(lengths) * WORLD_SIZE
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak
+    metrics["tokens_per_second"] = tokens / (clock[-1] - clock[0])
+    return metrics | {"peak_memory_gb": peak / 2**30}
 
 
 def train(args: Args) -> None:
     """Sample, score, compare, update, log; evaluate and save every now and then."""
     problems, held_out, reward = load_task(args)
     name = tiny_model(problems, args.seed) if args.model == "tiny" else args.model
-    last, step = Path(args.run_dir, "checkpoint"), 0
+    last, step, pass_1 = Path(args.run_dir, "checkpoint"), 0, math.nan
     model, tokenizer = load_model(str(last) if args.resume else name, args)
     reference = load_model(name, args)[0] if args.kl_coef else None
     longest = model.config.max_position_embeddings - args.max_new_tokens
-    prompts, tests = (encode_prompts(tokenizer, p, longest) for p in (problems, held_out))
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0)
+    prompts = encode_prompts(tokenizer, problems, longest)
+    tests = encode_prompts(tokenizer, held_out, longest)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     if args.resume:
-        state = torch.load(last / "state.pt", map_location=args.device, weights_only=True)
+        state = torch.load(last / "state.pt", args.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    run_dir, stopping = open_run(args, step), []
-    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step first, then save
-        signal.signal(number, lambda *_: sys.exit(130) if stopping else stopping.append(1))
-    if step == 0:
-        metrics = {"step": 0} | evaluate(model, tokenizer, tests, held_out, reward, args)
-        write_logs(run_dir, args, metrics, {})
-    pass_1 = 0 if step else metrics["eval/pass@1"]
-    shape = args.prompts_per_step, args.group_size, args.max_new_tokens
+    run_dir, stops = open_run(args, step), []
+    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
+        signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
+    if not args.resume:
+        metrics = evaluate(model, tokenizer, tests, held_out, reward, args)
+        write_logs(run_dir, args, {"step": 0} | metrics, {})
+        pass_1 = metrics["eval/pass@1"]
+    n, group_size = args.prompts_per_step, args.group_size
     bar = tqdm(range(step + 1, args.steps + 1), initial=step, total=args.steps)
     for step in bar:
         clock = [time.perf_counter()]
-        epoch, place = divmod(step - 1, len(problems) // args.prompts_per_step)
+        epoch, place = divmod(step - 1, len(problems) // n)
         order = np.random.default_rng([args.seed, 1, epoch]).permutation(len(problems))
-        batch = order[place * shape[0] :][: shape[0]][RANK::WORLD_SIZE]
-        noise = uniforms(args.seed, step, *shape)[RANK::WORLD_SIZE].flatten(0, 1)
+        batch = order[place * n : (place + 1) * n][RANK::WORLD_SIZE]
+        noise = uniforms(args, step, n, group_size)
         rollout = generate(model, tokenizer, [prompts[i] for i in batch], noise, args)
         clock.append(time.perf_counter())
-        asked = [problems[i] for i in batch for _ in range(args.group_size)]
-        rollout.rewards = score(reward, asked, rollout.texts).to(args.device)
-        advantages = group_advantages(rollout.rewards, args.group_size, args.advantage_scale)
+        posed = [problems[i] for i in batch for _ in range(group_size)]
+        rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
+        advantages = group_advantages(rollout.rewards, group_size, args.advantage_scale)
         clock.append(time.perf_counter())
-        for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * min(1.0, step / max(args.warmup_steps, 1))
+        warm = min(1.0, step / max(args.warmup_steps, 1))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * warm
         stats = update(model, reference, optimizer, rollout, advantages, args)
         clock.append(time.perf_counter())
         metrics = {"step": step} | describe(rollout, clock, args) | stats
         if step % args.eval_every == 0 or step == args.steps:
             metrics |= evaluate(model, tokenizer, tests, held_out, reward, args)
-        stop = all_reduce(torch.tensor(float(len(stopping)), device=args.device)) > 0
+            pass_1 = metrics["eval/pass@1"]
+        stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0
         if RANK == 0:
             sample = {"prompt": tokenizer.decode(prompts[batch[0]])}
-            sample["completions"] = rollout.texts[: args.group_size]
-            sample["rewards"] = rollout.rewards[: args.group_size].tolist()
-            if step == 1:
-                tqdm.write(f"first prompt: {sample['prompt']!r}\n    and completion: "
-                           f"{rollout.texts[0]!r}\nA loss near 0 is normal: watch the reward")  # fmt: skip
+            sample["completions"] = rollout.texts[:group_size]
+            sample["rewards"] = rollout.rewards[:group_size].tolist()
             write_logs(run_dir, args, metrics, sample)
-            pass_1 = metrics.get("eval/pass@1", pass_1)
-            bar.set_postfix_str(f"reward {metrics['reward_mean']:.3f}, pass@1 {pass_1:.3f}, "
-                                f"{metrics['tokens_per_second']:.0f} tokens/s")  # fmt: skip
+            if step == 1:
+                first = sample["prompt"], rollout.texts[0]
+                tqdm.write("first prompt and completion: {!r} {!r}".format(*first))
+                tqdm.write("a loss near 0 is normal: watch the reward and pass@1")
+            shown = {"reward": metrics["reward_mean"], "pass@1": pass_1}
+            bar.set_postfix(shown, tokens_per_s=int(metrics["tokens_per_second"]))
             if stop or step % args.save_every == 0 or step == args.steps:
                 save_checkpoint(run_dir, step, model, tokenizer, optimizer)
                 draw_curve(run_dir)
         if stop:
-            print(f"stopped and saved; go on with --resume {run_dir}")
+            print(f"stopped after step {step}; to go on: --resume {run_dir}")
             sys.exit(130)
     if RANK == 0:
-        records = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-        for name in [name for name in records[0] if name != "step"]:
-            print(f"{name:12} base {records[0][name]:.3f}  trained {records[-1][name]:.3f}")
+        logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+        for name in [name for name in logs[0] if name != "step"]:
+            print(f"{name:12} base {logs[0][name]:.3f}  trained {logs[-1][name]:.3f}")
         print(f"run folder: {run_dir}")
 
 
 if __name__ == "__main__":
-    main_args = parse_args()
+    flags = parse_args()
     if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if main_args.device == "cuda" else "gloo")
-    train(main_args)
+        dist.init_process_group("nccl" if flags.device == "cuda" else "gloo")
+    train(flags)

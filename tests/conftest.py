@@ -139,7 +139,7 @@ def random_rollout(
 
 
 def plain_logprobs(model, rollout, temperature: float = 1.0) -> list[torch.Tensor]:
-    """Log-probs of each completion's tokens, (length,) each, in the model's dtype and with
+    """Log-probs of each completion's tokens, (length,) each, in the model's dtype, with
     gradient: one row at a time, nothing padded, straight from the model's logits."""
     rows = []
     for i, row in enumerate(rollout.tokens):
