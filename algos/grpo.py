@@ -75,7 +75,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 @dataclasses.dataclass
 class Args:
     seed: int = 1  # of the data order, the sampling and the built-in model
-    steps: int = 200  # batches in the whole run, those before a --resume included
+    steps: int = 250  # batches in the whole run, those before a --resume included
     run_dir: str = ""  # folder of the run (default: runs/grpo/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue, under its own flags
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
@@ -145,7 +145,7 @@ def countdown_problems(split: str, seed: int, size: int) -> Iterator[Problem]:
     whether a problem is held out, so the splits share none."""
     rng = random.Random(f"{split} {seed}")
     while True:
-        given = rng.choices(range(1, 21), k=size)
+        given = rng.choices(range(1, 16), k=size)
         pool, steps = list(given), []
         while len(pool) > 1 and 0 <= pool[-1] <= 99:
             a, b = (pool.pop(rng.randrange(len(pool))) for _ in "ab")
@@ -300,6 +300,9 @@ def load_model(name: str, args: Args) -> tuple:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no EOS token, so no completion can end")
+        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(config, key, None) not in (None, 1.0):
+                raise ValueError(f"its logits are changed after the head by {key}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -630,7 +633,8 @@ def open_run(args: Args, step: int) -> Path:
 def write_logs(run_dir: Path, args: Args, metrics: dict, sample: dict) -> None:
     """A line of metrics.jsonl and of samples.jsonl; wandb may fail, training not."""
     with blame(f"cannot write in {run_dir}"):
-        for name, record in (("metrics", metrics), ("samples", sample)):
+        records = {"metrics": metrics} | ({"samples": sample} if sample else {})
+        for name, record in records.items():
             with (run_dir / f"{name}.jsonl").open("a") as file:
                 file.write(json.dumps({"step": metrics["step"]} | record) + "\n")
     try:
@@ -763,6 +767,7 @@ def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, floa
 
 def train(args: Args) -> None:
     """Sample, score, compare, update, log; evaluate and save every now and then."""
+    transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
     name = tiny_model(problems, args.seed) if args.model == "tiny" else args.model
     last, step, pass_1 = Path(args.run_dir, "checkpoint"), 0, math.nan
@@ -816,7 +821,8 @@ def train(args: Args) -> None:
                 tqdm.write("first prompt and completion: {!r} {!r}".format(*first))
                 tqdm.write("a loss near 0 is normal: watch the reward and pass@1")
             shown = {"reward": metrics["reward_mean"], "pass@1": pass_1}
-            bar.set_postfix(shown, tokens_per_s=int(metrics["tokens_per_second"]))
+            shown["tokens/s"] = round(metrics["tokens_per_second"])
+            bar.set_postfix(shown, GB=metrics["peak_memory_gb"])
             if stop or step % args.save_every == 0 or step == args.steps:
                 save_checkpoint(run_dir, step, model, tokenizer, optimizer)
                 draw_curve(run_dir)

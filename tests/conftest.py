@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -184,3 +186,67 @@ def run_script(script: Path | str, *flags: str, cwd: Path, timeout: float = 120,
 def metrics_of(run_dir: Path) -> list[dict]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+
+
+PLUGIN = """
+LETTERS = set("abcdefghijklmnopqrstuvwxyz")
+
+
+def problems(split, seed):
+    for i in range(12):
+        yield {"prompt": f"{split} {i}:", "answer": i}
+
+
+def reward(problem, completion):
+    return sum(character in LETTERS for character in completion) / 4
+"""  # a random model gets a little reward, so that every step changes its weights
+
+
+class Finished(NamedTuple):
+    """What a command line left: exit code, both streams, and its errors."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines of stderr that begin with error, progress bars apart."""
+        lines = self.stderr.replace("\r", "\n").split("\n")
+        return [line for line in lines if line.startswith("error: ")]
+
+
+@pytest.fixture
+def cli(grpo, small_folder, tmp_path, monkeypatch, capsys):
+    """grpo.py's command line in this process, in an empty folder with a plug-in task.py:
+    cli(*flags) runs it whole, with a small model and few steps unless told otherwise.
+    An exception that a user would see as a traceback comes through."""
+    (tmp_path / "task.py").write_text(PLUGIN)
+    monkeypatch.chdir(tmp_path)
+    small = dict(
+        task="task.py", model=small_folder, device="cpu", steps=2, run_dir="run"
+    )
+    small |= dict(prompts_per_step=2, group_size=4, max_new_tokens=4, warmup_steps=0)
+    small |= dict(eval_prompts=2, eval_samples=2, learning_rate=1e-3)
+
+    def run(*flags: str) -> Finished:
+        flags = [str(flag) for flag in flags]
+        if "--resume" not in flags:
+            given = {flag.partition("=")[0] for flag in flags}
+            for name, value in small.items():
+                if f"--{name.replace('_', '-')}" not in given:
+                    flags += [f"--{name.replace('_', '-')}", str(value)]
+        monkeypatch.setattr(sys, "argv", ["grpo.py", *flags])
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        code = 0
+        capsys.readouterr()
+        try:
+            grpo.train(grpo.parse_args())
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return Finished(code, *capsys.readouterr())
+
+    return run

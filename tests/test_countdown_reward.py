@@ -89,16 +89,11 @@ def chains(pool: list[int], done: tuple[str, ...] = ()):
 def test_model_output_is_evaluated_as_code():
     """A reward that calls eval() or exec() runs whatever the model writes, and 9**9**9
     never ends (policy-gradient/GRPO-Zero and McGill-NLP/nano-aha-moment score so)."""
-    tree = ast.parse(script_path("grpo").read_text("utf-8"))
-    names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    names += [f.attr for f in calls if isinstance(f, ast.Attribute)]
-    names = [name for name in names if name != "eval" or name in dir(tree)]
-    bare = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)]  # fmt: skip
-    forbidden = {"exec", "compile", "literal_eval", "parse_expr", "sympify", "__import__"}
-    assert not {"eval", *forbidden} & set(bare)
-    assert not forbidden - {"compile"} & set(names)
+    nodes = list(ast.walk(ast.parse(script_path("grpo").read_text("utf-8"))))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)} - {"eval"}
+    assert not names & {"eval", "exec", "__import__", "builtins", "literal_eval"}
+    assert {"model", "re", "fullmatch"} <= names  # the walk does see the names
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -153,7 +148,7 @@ def test_parser_raises_or_pays_for_mutated_answers(grpo):
 def test_worked_solution_scores_zero(grpo, size):
     """The warm start imitates the worked answers: each has to be right, with the numbers
     of its prompt, or the policy starts from mistakes."""
-    for problem in itertools.islice(grpo.countdown_problems("train", 1, size), 2_000):
+    for problem in itertools.islice(grpo.countdown_problems("train", 1, size), 500):
         given, target = problem.answer
         assert problem.prompt == f"{' '.join(map(str, given))}={target}:"
         assert len(given) == size
@@ -170,7 +165,10 @@ def test_right_answer_other_than_the_worked_one_scores_zero(grpo, given):
     for target in range(100):
         problem = grpo.Problem("", [given, target])
         for end, text in every:
-            assert grpo.countdown_reward(problem, text) == (end == target), (text, target)
+            assert grpo.countdown_reward(problem, text) == (end == target), (
+                text,
+                target,
+            )
     assert len(solvable & set(range(100))) > 10
 
 
@@ -184,15 +182,14 @@ def test_generated_problem_has_no_answer(grpo):
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_held_out_problem_is_trained_on(grpo, size):
-    """A held-out set that shares problems with the training set, in another order of the
-    numbers or under another seed, measures memory (as in Jiayi-Pan/TinyZero, where both
-    are drawn from one range)."""
+    """A held-out set that shares problems with the training set, be it in another order
+    of the numbers or under another seed, measures memory instead of skill."""
     seen = {}
     for split, seed, n in [("train", 1, 5_000), ("eval", 1, 1_000), ("eval", 2, 1_000)]:
         problems = itertools.islice(grpo.countdown_problems(split, seed, size), n)
         keys = {(*sorted(p.answer[0]), p.answer[1]) for p in problems}
         seen[split, seed] = keys
-        assert len(keys) > 100
+        assert len(keys) > 50
     assert not seen["train", 1] & seen["eval", 1]
     assert not seen["train", 1] & seen["eval", 2]
     assert seen["eval", 1] != seen["eval", 2]
@@ -219,8 +216,8 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_chain_is_rewarded(grpo, name):
-    """Each of these is a shortcut a policy finds if the reward checks the target alone
-    (https://github.com/Jiayi-Pan/TinyZero scores the last expression)."""
+    """Each of these is a shortcut that a policy finds if the reward checks less than
+    every step, every number and the end."""
     text = WRONG[name]
     final = text.rstrip(";").rpartition("=")[2]
     for target in {24, int(final) if final.isdigit() else 24}:
@@ -256,7 +253,6 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("answer", "text", "value"), ANSWERS)
 def test_answer_found_where_it_is_not_given(grpo, answer, text, value):
-    """A reward that looks for the answer anywhere in the text pays for listing numbers
-    (https://github.com/verl-project/verl/issues/5839): the text after the last
-    "Answer:", or the last number in it, decides."""
+    """A reward that looks for the answer anywhere in the text pays for listing numbers:
+    the text after the last "Answer:", or the last number in it, decides."""
     assert grpo.answer_reward(grpo.Problem("?", answer), text) == value

@@ -297,7 +297,11 @@ def test_gradient_depends_on_the_number_of_ranks(grpo, tmp_path):
             subprocess.Popen([*map(str, command)], env=env | {"RANK": str(rank)})
             for rank in range(world)
         ]
-        assert [worker.wait(100) for worker in workers] == [0] * world
+        try:
+            assert [worker.wait(100) for worker in workers] == [0] * world
+        finally:
+            for worker in workers:
+                worker.kill()
 
     one = torch.load(tmp_path / "gradient-0-of-1.pt")
     for rank in 0, 1:

@@ -1,0 +1,378 @@
+"""A user's mistake is one line on stderr, exit code 2, no traceback, nothing written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    PLUGIN,
+    char_tokenizer,
+    metrics_of,
+    run_script,
+    save_model,
+    script_path,
+    small_qwen3,
+)
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+
+LINE = {"prompt": "1+1=", "answer": "2"}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, and every empty folder."""
+    paths = [
+        path for path in sorted(folder.rglob("*")) if "__pycache__" not in str(path)
+    ]
+    return {str(p): p.read_bytes() if p.is_file() else b"" for p in paths}
+
+
+def check(result, *words: str) -> str:
+    """One line, exit code 2, and the words in that line; returns the line."""
+    assert result.code == 2, result
+    assert len(result.errors) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.errors[0]
+    return result.errors[0]
+
+
+@pytest.fixture
+def refused(cli, tmp_path):
+    """refused(*flags, words=...) checks that the command line is refused in one line and
+    that it writes nothing, not even the run's parent folder."""
+
+    def run(*flags: str, words: tuple[str, ...] = ()) -> str:
+        before = tree(tmp_path)
+        if "--resume" not in flags and "--run-dir" not in flags:
+            flags += ("--run-dir", "runs/grpo/new")
+        line = check(cli(*flags), *words)
+        assert tree(tmp_path) == before
+        return line
+
+    return run
+
+
+def test_mistake_at_the_real_command_line_shows_a_traceback(tmp_path):
+    """What a shell sees, once for all other tests here: exit code 2 and one line in all,
+    on stderr."""
+    process = run_script(script_path("grpo"), "--task", "sudoku", cwd=tmp_path)
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_task_falls_back_to_another(refused):
+    """A task that does not exist must not become the default one."""
+    assert "countdown" in refused("--task", "sudoku", words=("sudoku",))
+    refused("--task", "countdown-1", words=("countdown-1",))
+    refused("--task", "countdown-99", words=("countdown-99",))
+    refused("--task", "no/such/task.py", words=("no/such/task.py",))
+
+
+def test_group_of_one_trains_on_nothing(refused):
+    """With one completion the advantage is 0 or NaN for ever
+    (https://github.com/Jiayi-Pan/TinyZero/issues/89)."""
+    refused("--group-size", "1", words=("--group-size",))
+
+
+def test_zero_or_negative_size_crashes_later(refused, grpo):
+    """A size below 1 must not get as far as the loop, an endless one neither; every
+    number of the command line is tried."""
+    numbers = {f.name: f.type for f in grpo.dataclasses.fields(grpo.Args)}
+    numbers = {k: v for k, v in numbers.items() if "int" in v or "float" in v}
+    assert len(numbers) > 15
+    for name, kind in numbers.items():
+        flag = f"--{name.replace('_', '-')}"
+        wrong = ["-1"] if kind == "int" else ["-0.5", "nan", "inf", "-inf"]
+        may_be_0 = {"seed", "warmup_steps", "kl_coef", "clip_low", "clip_high"}
+        for value in wrong + ([] if name in may_be_0 else ["0"]):
+            refused(flag, value, words=(flag, value.removesuffix(".0")))
+
+
+def test_clip_of_one_or_more_allows_any_ratio(refused):
+    """1 - e_low of 0 or below is no lower clip at all."""
+    refused("--clip-low", "1.0", words=("--clip-low",))
+
+
+def test_typo_in_a_flag_is_ignored(refused):
+    """A flag that is dropped silently trains with the default: the line names the flag,
+    and says which was meant."""
+    refused("--group-sizes", "4", words=("--group-sizes", "--group-size INT"))
+    refused("--steps", "many", words=("--steps", "many"))
+    refused("--steps", "1.5", words=("--steps",))
+    refused("--normalization", "batch", words=("--normalization", "constant"))
+    refused("--temperature", words=("--temperature",))
+
+
+@pytest.mark.parametrize("flag", ["--data", "--eval-data"])
+def test_unreadable_data_shows_a_traceback(refused, tmp_path, flag):
+    """Missing, a folder, not UTF-8, empty: the line names the file, be it that of
+    --data or that of --eval-data."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "latin.jsonl").write_bytes(
+        '{"prompt": "é", "answer": 1}'.encode("latin1")
+    )
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "good.jsonl").write_text(f"{json.dumps(LINE)}\n" * 30)
+    first = ("--data", "good.jsonl") if flag == "--eval-data" else ()
+    for name in ("missing.jsonl", "folder", "latin.jsonl", "empty.jsonl"):
+        refused(*first, flag, name, words=(name,))
+
+
+@pytest.mark.parametrize("flag", ["--data", "--eval-data"])
+def test_bad_line_of_data_is_skipped_or_blamed_on_another(refused, tmp_path, flag):
+    """The line says which file, which line and why."""
+    lines = [json.dumps(LINE | {"prompt": f"{i}+1="}) for i in range(30)]
+    (tmp_path / "good.jsonl").write_text("\n".join(lines))
+    first = ("--data", "good.jsonl") if flag == "--eval-data" else ()
+    for wrong, reason in (
+        ('{"prompt": "1+1="', "delimiter"),
+        ('{"prompt": "1+1="}', "'answer'"),
+        ('{"answer": "2"}', "'prompt'"),
+        ('["1+1=", "2"]', ""),
+        ("12", ""),
+        ("null", ""),
+    ):
+        (tmp_path / "bad.jsonl").write_text("\n".join([*lines[:6], wrong, *lines[7:]]))
+        refused(*first, flag, "bad.jsonl", words=("bad.jsonl", "line 7", reason))
+
+
+def test_data_too_short_for_a_batch_loops_for_ever(refused, tmp_path):
+    """Fewer problems than a batch needs: the line says how many there are."""
+    lines = [json.dumps(LINE | {"prompt": f"{i}+1="}) for i in range(5)]
+    (tmp_path / "short.jsonl").write_text("\n".join(lines))
+    refused(
+        "--data", "short.jsonl", "--prompts-per-step", "8", words=("short.jsonl", "4")
+    )
+
+
+def test_flag_without_effect_is_accepted(refused, tmp_path):
+    """--eval-data belongs to --data; alone it would be ignored without a word."""
+    (tmp_path / "good.jsonl").write_text(f"{json.dumps(LINE)}\n" * 30)
+    refused("--eval-data", "good.jsonl", words=("--eval-data",))
+
+
+def test_prompt_without_room_in_the_context_is_cut(refused, tmp_path):
+    """A prompt that is cut in silence asks another question; one that is not runs out of
+    positions at the last tokens. The line names the prompt and both lengths."""
+    lines = [json.dumps(LINE | {"prompt": f"{i}+1="}) for i in range(30)]
+    lines[12] = json.dumps(LINE | {"prompt": "long " * 25})  # 125 tokens + 4 > 128
+    (tmp_path / "long.jsonl").write_text("\n".join(lines))
+    refused("--data", "long.jsonl", words=("125", "124", "long long"))
+    refused("--max-new-tokens", "200", words=("context",))
+    lines[12] = json.dumps(LINE | {"prompt": ""})
+    (tmp_path / "long.jsonl").write_text("\n".join(lines))
+    refused("--data", "long.jsonl", words=("0 tokens",))
+
+
+def test_chat_messages_without_a_template_are_joined_somehow(refused, tmp_path):
+    """A tokenizer without a chat template cannot render messages, and a guess trains on
+    prompts that the model has never seen."""
+    chat = [{"role": "user", "content": "1+1?"}]
+    lines = [json.dumps(LINE | {"prompt": chat})] * 10
+    lines += [json.dumps(LINE | {"prompt": f"{i}"}) for i in range(20)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(lines))
+    refused("--data", "chat.jsonl", words=("template",))
+
+
+PLUGINS = {
+    "no reward": (PLUGIN.replace("def reward", "def score"), "reward"),
+    "no problems": (PLUGIN.replace("def problems", "def tasks"), "problems"),
+    "syntax error": (PLUGIN.replace("def reward(", "def reward("[:-1]), "SyntaxError"),
+    "problems without yield": (
+        PLUGIN.replace("yield {", "return {")
+        .replace("for i in", "i = 0  #")
+        .replace("        return {", "    {"),
+        "task.py",
+    ),
+    "problem without answer": (PLUGIN.replace('"answer"', '"target"'), "'answer'"),
+    "reward of None": (PLUGIN.replace("return sum", "sum"), "reward"),
+    "reward of text": (PLUGIN.replace("return sum", 'return "1" or sum'), "reward"),
+    "reward of nan": (
+        PLUGIN.replace("return sum", 'return float("nan") or sum'),
+        "nan",
+    ),
+    "reward of inf": (
+        PLUGIN.replace("return sum", 'return float("inf") or sum'),
+        "inf",
+    ),
+    "reward of a list": (PLUGIN.replace("return sum", "return [1.0] or sum"), "reward"),
+    "reward of one argument": (PLUGIN.replace("problem, comp", "comp"), "argument"),
+}
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_broken_plug_in_fails_after_the_model_is_loaded(refused, grpo, tmp_path, name):
+    """A plug-in is tried before anything slow starts: a reward that is no finite number
+    must neither pass as one nor stop the run an hour later
+    (https://github.com/huggingface/trl/issues/5773)."""
+    source, reason = PLUGINS[name]
+    (tmp_path / "task.py").write_text(source)
+    refused(words=(reason,))
+
+
+def test_reward_that_breaks_later_is_swallowed(cli, tmp_path):
+    """An exception taken for reward 0 hides a broken reward for a whole run
+    (https://github.com/verl-project/verl/issues/5839): the line has the sample's index,
+    its text and the reason, and the last checkpoint is whole."""
+    calls = "CALLS = []\n\n\n" + PLUGIN.replace(
+        "    return sum", "    CALLS.append(completion)\n    CALLS[:27][26:] and 1 / 0\n"
+        "    return sum"
+    )  # fmt: skip
+    # 1 trial, 4 in the evaluation, 8 in each step: the 27th is number 5 of step 3
+    (tmp_path / "task.py").write_text(calls)
+    line = check(
+        cli("--steps", "9", "--save-every", "1"), "ZeroDivisionError", "sample 5"
+    )
+    logged = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").open()]
+    assert [record["step"] for record in logged] == [0, 1, 2]
+    text = line.partition("completion ")[2]
+    assert text[0] in "'\"" and text[1:5].strip(text[0])
+    state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
+    assert state["step"] == 2
+
+
+def test_missing_model_shows_a_traceback(refused, tmp_path):
+    """A folder that is not there, and one without a model."""
+    refused("--model", "./no/such/model", words=("./no/such/model",))
+    (tmp_path / "empty").mkdir()
+    refused("--model", "./empty", words=("./empty",))
+
+
+def test_hub_without_network_hangs(refused, monkeypatch):
+    """Without a network a hub name must fail within a minute, and say why; nobody has to
+    know of HF_HUB_OFFLINE. The waits between attempts are counted, not waited for."""
+    waited = []
+
+    def unknown_host(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown_host)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    start = time.perf_counter()
+    refused("--model", "nobody/no-such-model", words=("nobody/no-such-model",))
+    assert time.perf_counter() - start + sum(waited) < 60
+
+
+def test_model_that_cannot_stop_is_trained(refused, tmp_path):
+    """Without an EOS token every completion runs to the limit."""
+    tokenizer = char_tokenizer(pad_token="<pad>")
+    save_model(tmp_path / "no-eos", small_qwen3(len(tokenizer)), tokenizer)
+    refused("--model", "./no-eos", words=("EOS",))
+
+
+def test_absent_device_shows_a_traceback(refused, monkeypatch):
+    """--device cuda where there is none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused("--device", "cuda", words=("cuda", "--device cpu"))
+
+
+def test_second_run_writes_into_the_folder_of_the_first(refused, tmp_path):
+    """Mixed logs of two runs cannot be told apart: a folder that exists, or a file in
+    its place, is left as it is."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
+    (tmp_path / "file").write_text("mine")
+    refused("--run-dir", "run", words=("run exists",))
+    refused("--run-dir", "file", words=("file exists",))
+    refused("--run-dir", "file/run", words=("file/run",))
+
+
+def test_resume_goes_on_with_other_flags(cli, refused, tmp_path):
+    """A continued run under other flags is neither the old run nor a new one. What is
+    not a run, contradicts it, or is finished already, is refused; the run is untouched,
+    and goes on afterwards under the flags of its start."""
+    assert cli("--steps", "2").code == 0
+    (tmp_path / "other").mkdir()
+    refused("--resume", "no/such/run", words=("no/such/run",))
+    refused("--resume", "other", words=("other",))
+    refused("--resume", "task.py", words=("task.py",))
+    for name, value in {
+        "seed": "2",
+        "group-size": "8",
+        "learning-rate": "0.1",
+        "kl-coef": "0.5",
+        "task": "countdown",
+        "model": "tiny",
+        "run-dir": "elsewhere",
+        "normalization": "sequence",
+    }.items():
+        flags = ("--resume", "run", "--steps", "4", f"--{name}", value)
+        refused(*flags, words=(f"--{name} ", "run"))
+    refused("--resume", "run", words=("step 2",))
+    refused("--resume", "run", "--steps", "2", words=("step 2",))
+    refused("--resume", "run", "--steps", "1", words=("step 2",))
+    (tmp_path / "torn").mkdir()
+    for name in ("args.json", "checkpoint"):
+        (tmp_path / "run" / name).rename(tmp_path / "torn" / name)
+        refused("--resume", "run", "--steps", "3", words=("run",))
+        (tmp_path / "torn" / name).rename(tmp_path / "run" / name)
+    assert cli("--resume", "run", "--steps", "3", "--save-every", "1").code == 0
+    assert [m["step"] for m in metrics_of(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("limit", [20_000, 170_000], ids=["model", "optimiser"])
+def test_full_disk_destroys_the_last_checkpoint(cli, tmp_path, limit):
+    """A checkpoint that is written in place is torn when the disk fills: the old one
+    stays whole, what is half written goes, and there is one line
+    (https://github.com/vwxyzjn/cleanrl/issues/399 lost more than that)."""
+    assert cli("--steps", "1").code == 0
+    before = tree(tmp_path / "run" / "checkpoint")
+    sizes = [len(x) for x in before.values()]
+    assert any(x > limit for x in sizes)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))  # Python ignores SIGXFSZ
+    try:
+        result = cli("--resume", "run", "--steps", "2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    check(result, "cannot save step 2")
+    assert tree(tmp_path / "run" / "checkpoint") == before
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not {name for name in names if "checkpoint" in name} - {"checkpoint"}
+    assert load_file(tmp_path / "run/checkpoint/model.safetensors")
+    assert cli("--resume", "run", "--steps", "2").code == 0
+
+
+def test_full_disk_while_drawing_shows_a_traceback(cli, tmp_path, monkeypatch):
+    """The picture is the last thing written; a disk full by then is no bug either."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    check(cli("--steps", "1"), "No space left")
+    assert load_file(tmp_path / "run/checkpoint/model.safetensors")
+
+
+def test_full_disk_at_resume_destroys_the_run(cli, tmp_path, monkeypatch):
+    """Whoever opens args.json to write it anew and then finds the disk full has lost the
+    flags, and the run with them: it must go on once there is space."""
+    assert cli("--steps", "1").code == 0
+    real = Path.open
+
+    def full(self, mode="r", *args, **kwargs):
+        file = real(self, mode, *args, **kwargs)
+        if "w" not in mode:
+            return file
+        file.close()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        patched.setattr(Path, "write_text", lambda self, *_, **__: full(self, "w"))
+        check(cli("--resume", "run", "--steps", "2"), "No space left")
+        shutil.copytree("run", "copy")
+    assert cli("--resume", "run", "--steps", "2").code == 0
+    assert [m["step"] for m in metrics_of(tmp_path / "run")] == [0, 1, 2]

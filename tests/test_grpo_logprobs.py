@@ -1,0 +1,418 @@
+"""Log-probs are those of the distribution sampled from, and of the sampled ids."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from conftest import (
+    Recorder,
+    char_tokenizer,
+    cpu_args,
+    plain_logprobs,
+    random_rollout,
+    save_model,
+    small_gpt2,
+    small_qwen3,
+)
+from tokenizers import Tokenizer, decoders, models, processors
+
+SMALL = {"gpt2": small_gpt2, "qwen3": small_qwen3}
+IDS_ONLY = SimpleNamespace(
+    eos_token_id=1,
+    pad_token_id=0,
+    batch_decode=lambda ids, **_: [str(row) for row in ids.tolist()],
+)
+
+
+def random_noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Uniform float64 numbers in [0, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(*shape, dtype=torch.float64, generator=generator)
+
+
+def padded(rows: list[torch.Tensor], width: int) -> torch.Tensor:
+    """Rows of different lengths as (rows, width), 0 behind them."""
+    return torch.stack([torch.nn.functional.pad(r, (0, width - len(r))) for r in rows])
+
+
+def chi_squared_p(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """p-value of counts against probabilities; cells that expect < 5 are merged."""
+    expected = probabilities.double().flatten() * counts.sum()
+    counts, rare = counts.double().flatten(), expected < 5
+    rest = torch.stack([counts[rare].sum(), expected[rare].sum()])[:, None]
+    cells = torch.cat([torch.stack([counts, expected])[:, ~rare], rest], 1)
+    cells = cells if rare.any() else cells[:, :-1]
+    statistic = ((cells[0] - cells[1]) ** 2 / cells[1]).sum()
+    half = torch.tensor((cells.shape[1] - 1) / 2, dtype=torch.float64)
+    return torch.special.gammaincc(half, statistic / 2).item()
+
+
+def test_rollouts_under_the_checkpoints_generation_config(grpo, tmp_path):
+    """A checkpoint's generation_config (top_k, repetition_penalty, its own temperature)
+    leaks into sampling, while the loss scores the plain softmax: the ratio is wrong and
+    the policy collapses. First and second tokens of 20,000 completions have the
+    frequencies of the softmax, and their log-probs are those the loss computes.
+    https://github.com/huggingface/trl/issues/5783"""
+    tokenizer, temperature, size = char_tokenizer(), 0.9, 20_000
+    original = small_qwen3(len(tokenizer), initializer_range=0.2)
+    folder = save_model(tmp_path / "model", original, tokenizer)
+    hostile = dict(top_k=1, repetition_penalty=1.3, do_sample=True, temperature=0.1)
+    hostile |= dict(top_p=0.2, min_p=0.3, no_repeat_ngram_size=1, max_new_tokens=1)
+    Path(folder, "generation_config.json").write_text(json.dumps(hostile))
+    args = cpu_args(grpo, temperature=temperature, rollout_batch_size=size)
+    model, tokenizer = grpo.load_model(folder, args)
+    assert model.generation_config.top_k == 1  # it is there to be obeyed
+    prompt = tokenizer("3 4=")["input_ids"]
+    rollout = grpo.generate(model, tokenizer, [prompt], random_noise(size, 2), args)
+
+    with torch.no_grad():
+        vocabulary = len(tokenizer)
+        two = [[*prompt, token] for token in range(vocabulary)]
+        logits = original(torch.tensor(two)).logits.double()[:, -2:] / temperature
+        first, second = logits.softmax(-1).unbind(1)
+        joint = first[0][:, None] * second  # (first token, second token)
+        stop = tokenizer.eos_token_id
+        joint[stop] = 0.0
+        joint[stop, tokenizer.pad_token_id] = first[0, stop]
+        a, b = rollout.tokens[:, -2], rollout.tokens[:, -1]
+        counts = torch.bincount(a * vocabulary + b, minlength=vocabulary**2)
+        firsts = counts.view(vocabulary, -1).sum(-1)
+        assert chi_squared_p(firsts, first[0]) > 1e-3
+        assert chi_squared_p(counts, joint.flatten()) > 1e-3
+        batch = rollout.tokens[:500], rollout.attention_mask[:500], 2, temperature
+        scored, _ = grpo.token_logprobs(model, *batch)
+        assert torch.allclose(scored, rollout.logprobs[:500], atol=1e-5)
+
+
+def test_temperature_missing_from_the_logprobs(grpo, monkeypatch):
+    """Sampled at temperature 0.7 and scored at 1, the ratio is far from 1 before
+    anything was learned. Sampled and scored log-probs agree, and both with logits / 0.7; at the
+    first update rho is exactly 1, in bf16 too, where scoring rounds differently.
+    https://github.com/huggingface/trl/issues/3029"""
+    model, prompts = small_qwen3(16), [[5, 6, 7], [8], [9, 3]]
+    flags = dict(temperature=0.7, max_new_tokens=8, micro_batch_size=5, kl_coef=0.1)
+    args = cpu_args(grpo, **flags)
+    rollout = grpo.generate(model, IDS_ONLY, prompts, random_noise(12, 8), args)
+    batch = rollout.tokens, rollout.attention_mask, 8
+    scored, _ = grpo.token_logprobs(model, *batch, 0.7)
+    assert torch.allclose(
+        (scored - rollout.logprobs).exp(), torch.ones(12, 8), rtol=1e-5
+    )
+    exact = plain_logprobs(small_qwen3(16).double(), rollout, 0.7)
+    assert torch.allclose(rollout.logprobs.double(), padded(exact, 8), atol=1e-5)
+
+    ratios, policy_loss = [], grpo.policy_loss
+
+    def spy(logprobs, old_logprobs, *rest):
+        ratios.append((logprobs - old_logprobs).exp().detach())
+        return policy_loss(logprobs, old_logprobs, *rest)
+
+    monkeypatch.setattr(grpo, "policy_loss", spy)
+    advantages = torch.tensor([1.0, -1.0] * 6)
+    for dtype in "float32", "bfloat16":
+        args, optimizer = cpu_args(grpo, dtype=dtype, **flags), Recorder(model)
+        stats = grpo.update(model, model, optimizer, rollout, advantages, args)
+        assert len(ratios) == 3 and all((ratio == 1).all() for ratio in ratios)
+        assert stats["clip_fraction"] == 0 and stats["kl"] == 0
+        assert stats["delta_logp_max"] < (1e-5 if dtype == "float32" else 1.0)
+        ratios.clear()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_scores_depend_on_the_padding(grpo, name):
+    """Left padding without position ids shifts learned positions; padding that is
+    attended to changes everything. In a batch with padding on both sides, of any value
+    and any amount, each row has the log-probs it has alone and unpadded.
+    https://github.com/huggingface/trl/issues/6800"""
+    model, lengths = SMALL[name](16), [4, 1, 6, 2]
+    rollout = random_rollout(grpo, 16, [3, 9, 1, 5], lengths)
+    alone = [x.detach() for x in plain_logprobs(model, rollout)]
+    tokens, seen = rollout.tokens, rollout.attention_mask
+    for left, right in (0, 0), (7, 0), (0, 5), (3, 4):
+        extra = torch.randint(0, 16, (4, left)), torch.randint(0, 16, (4, right))
+        wide = torch.cat([extra[0], tokens, extra[1]], 1)
+        mask = torch.nn.functional.pad(seen, (left, right))
+        with torch.no_grad():
+            together = grpo.token_logprobs(model, wide, mask, 6 + right, 1.0)[0]
+            for i in range(4):
+                own = grpo.token_logprobs(model, wide[[i]], mask[[i]], 6 + right, 1.0)[
+                    0
+                ]
+                assert torch.allclose(own[0], together[i], atol=1e-5)
+        assert together.shape == (4, 6 + right)
+        assert torch.allclose(together, padded(alone, 6 + right), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_completions_depend_on_the_neighbours(grpo, name):
+    """What a model says to a prompt must not depend on the padding that longer
+    neighbours bring, nor on who is decoded side by side, nor on who has finished. The
+    same noise gives the completions of a naive loop: one row, no padding, no cache.
+    https://github.com/huggingface/trl/issues/2708"""
+    model, length = SMALL[name](12), 12
+    prompts = [[5], [6, 7, 8, 9, 10, 2, 3], [3, 4], [8, 8, 8, 8]]
+    noise = random_noise(24, length, seed=3)
+    wanted = []
+    for i in range(24):
+        ids = list(prompts[i // 6])
+        for u in noise[i]:
+            with torch.no_grad():
+                p = model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
+            ids.append(int((p.cumsum(-1) <= u).sum()))
+            if ids[-1] == 1:
+                break
+        wanted.append(ids[len(prompts[i // 6]) :])
+    assert sum(1 in row for row in wanted) > 6 and max(map(len, wanted)) == length
+
+    def check(rows, own_noise, own_prompts, **flags):
+        args = cpu_args(grpo, max_new_tokens=length, **flags)
+        model.train()  # as an update leaves it
+        rollout = grpo.generate(model, IDS_ONLY, own_prompts, own_noise, args)
+        size = rollout.completion_mask.shape[1]
+        exact = padded([x.detach() for x in plain_logprobs(model, rollout)], size)
+        assert torch.allclose(rollout.logprobs, exact, atol=1e-5)
+        for row, mask, tokens in zip(rows, rollout.completion_mask, rollout.tokens):
+            assert tokens[-size:][mask.bool()].tolist() == row
+        return rollout
+
+    for rollout_batch_size in 1, 6, 13, 512:
+        check(wanted, noise, prompts, rollout_batch_size=rollout_batch_size)
+    for i, prompt in enumerate(prompts):
+        check(wanted[6 * i :][:6], noise[6 * i :][:6], [prompt])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_dropout_on(grpo, tmp_path, name):
+    """GPT-2 comes with dropout 0.1: in train mode the ratio is noise. A loaded model
+    has none, whatever its config says: two forwards in train mode are the same, and
+    equal to those of the saved model in eval mode.
+    https://github.com/huggingface/trl/issues/3000"""
+    dropout = {"qwen3": dict(attention_dropout=0.5)}
+    dropout["gpt2"] = dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    tokenizer, ids = char_tokenizer(), torch.tensor([[5, 6, 7, 8, 9]])
+    saved = SMALL[name](len(tokenizer), **dropout[name])
+    with torch.no_grad():
+        wanted, saved = saved(ids).logits, saved.train()
+        assert not torch.allclose(saved(ids).logits, saved(ids).logits)
+        folder = save_model(tmp_path / "model", saved, tokenizer)
+        model = grpo.load_model(folder, cpu_args(grpo))[0].train()
+        assert torch.equal(model(ids).logits, model(ids).logits)
+        assert torch.allclose(model(ids).logits, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_gradient_checkpointing_turns_the_cache_off(grpo, tmp_path, name):
+    """In train mode gradient checkpointing silently drops the key-value cache, and a
+    decode loop that feeds one token at a time then sees one token of context. With it
+    on completions and gradients stay the same, and activations are really recomputed.
+    https://github.com/huggingface/trl/issues/1540"""
+    tokenizer = char_tokenizer()
+    folder = save_model(tmp_path / "model", SMALL[name](len(tokenizer)), tokenizer)
+    prompts, noise, found = [[5, 6, 7], [8]], random_noise(8, 6), []
+    for on in False, True:
+        args = cpu_args(grpo, gradient_checkpointing=on, max_new_tokens=6)
+        model, _ = grpo.load_model(folder, args)
+        calls, optimizer = [], Recorder(model)
+        for module in model.modules():
+            if type(module).__name__ in ("Qwen3MLP", "GPT2MLP"):
+                module.register_forward_pre_hook(lambda *_: calls.append(1))
+        model.train()
+        rollout = grpo.generate(model, tokenizer, prompts, noise, args)
+        calls.clear()
+        advantages = torch.tensor([1.0, -1.0] * 4)
+        grpo.update(model, None, optimizer, rollout, advantages, args)
+        found.append((rollout.tokens, optimizer.seen[0], len(calls)))
+    (tokens, gradient, once), (tokens_on, gradient_on, twice) = found
+    assert torch.equal(tokens, tokens_on)
+    assert (gradient - gradient_on).norm() < 1e-6 * gradient.norm()
+    assert twice == 2 * once == 2 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_logits_shifted_by_one(grpo, name):
+    """The logits at position t are about token t + 1. Log-probs and entropies equal
+    those of a loop that shows the model one token more at a time, in float64.
+    https://github.com/lucidrains/PaLM-rlhf-pytorch/issues/31"""
+    model = SMALL[name](16).double()
+    rollout = random_rollout(grpo, 16, [4, 1, 6], [5, 7, 1])
+    tokens, seen = rollout.tokens, rollout.attention_mask
+    got, entropy = grpo.token_logprobs(model, tokens, seen, 7, 1.3)
+    assert got.shape == entropy.shape == (3, 7) and not entropy.requires_grad
+    got, entropy = got.tolist(), entropy.tolist()
+    for i in range(3):
+        for t in range(7):
+            logprob = uncertainty = 0.0
+            if rollout.completion_mask[i, t]:
+                context = tokens[i, : 6 + t][seen[i, : 6 + t].bool()]
+                with torch.no_grad():
+                    p = (model(context[None]).logits[0, -1] / 1.3).softmax(-1)
+                logprob = math.log(p[tokens[i, 6 + t]])
+                uncertainty = -sum(x * math.log(x) for x in p.tolist())
+            assert math.isclose(got[i][t], logprob, abs_tol=1e-5)
+            assert math.isclose(entropy[i][t], uncertainty, abs_tol=1e-5)
+
+
+def test_training_on_tokens_that_were_not_sampled(grpo, monkeypatch):
+    """Text is no faithful copy of the ids: "ab" may have been sampled as "a", "b" and
+    is encoded as one token. Training on encode(decode(ids)) reinforces what was never
+    sampled. The rollout holds the ids that the noise picks, and these are scored.
+    https://github.com/huggingface/trl/issues/5224"""
+    letters, pairs = "abcd", [(x, y) for x in "abcd" for y in "abcd"]
+    words = ["<pad>", "<eos>", "<unk>", *letters, *("".join(pair) for pair in pairs)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.BPE(vocabulary, merges=pairs, unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, **special
+    )
+    model = small_qwen3(len(words))
+    problems = [grpo.Problem("abc", None), grpo.Problem("da", None)]
+    prompts = grpo.encode_prompts(tokenizer, problems, 50)
+    noise, args = random_noise(16, 6), cpu_args(grpo, max_new_tokens=6)
+    rollout = grpo.generate(model, tokenizer, prompts, noise, args)
+    changed = 0
+    for i, row in enumerate(rollout.tokens):
+        ids = row[rollout.attention_mask[i].bool()].tolist()
+        prompt = prompts[i // 8]
+        assert ids[: len(prompt)] == prompt
+        completion = ids[len(prompt) :]
+        for t, token in enumerate(completion):  # the token that the noise picks
+            with torch.no_grad():
+                context = torch.tensor([prompt + completion[:t]])
+                cdf = model(context).logits[0, -1].double().softmax(-1).cumsum(-1)
+            assert token == int((cdf <= noise[i, t]).sum())
+        text = tokenizer.decode(completion, skip_special_tokens=True)
+        assert rollout.texts[i] == text
+        changed += tokenizer(text)["input_ids"] != [x for x in completion if x > 1]
+    assert changed > 5
+
+    scored, token_logprobs = [], grpo.token_logprobs
+
+    def spy(model, tokens, *rest):
+        scored.extend(tokens.tolist())
+        return token_logprobs(model, tokens, *rest)
+
+    monkeypatch.setattr(grpo, "token_logprobs", spy)
+    advantages = torch.tensor([1.0, -1.0] * 8)
+    grpo.update(model, None, Recorder(model), rollout, advantages, args)
+    assert sorted(scored) == sorted(rollout.tokens.tolist())
+
+
+def chat_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A character tokenizer that puts <bos> before each text, with a chat template that
+    brings its own <bos>, as in Llama and Gemma."""
+    special = dict(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
+    tokenizer = char_tokenizer(**special)
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", bos)]
+    )
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}\n"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    return tokenizer
+
+
+def test_two_bos_or_a_template_applied_twice(grpo, capsys):
+    """Rendering a chat to text and encoding the text puts a second BOS in front; a
+    template on a plain prompt, or none on a chat, trains on a prompt nobody will ask.
+    https://huggingface.co/docs/transformers/chat_templating, as in
+    https://github.com/open-thought/tiny-grpo"""
+    tokenizer = chat_tokenizer()
+    bos = tokenizer.bos_token_id
+    characters = lambda text: tokenizer.convert_tokens_to_ids(list(text))
+    chat = [{"role": "system", "content": "Be"}, {"role": "user", "content": "2+2?"}]
+    problems = [grpo.Problem(chat, 4), grpo.Problem("2+2=", 4)]
+    of_chat, of_text = grpo.encode_prompts(tokenizer, problems, 100)
+    rendered = "[system]Be\n[user]2+2?\n[assistant]"
+    assert list(of_chat) == [bos, *characters(rendered)]
+    again = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+    assert list(of_chat) == list(again["input_ids"])
+    assert list(of_text) == [bos, *characters("2+2=")]
+
+    tokenizer.chat_template = None
+    with pytest.raises(SystemExit) as stopped:
+        grpo.encode_prompts(tokenizer, problems[:1], 100)
+    assert stopped.value.code == 2
+    assert "error: prompt 0" in capsys.readouterr().err
+
+
+def test_bf16_weights_swallow_small_updates(grpo, tmp_path):
+    """A bf16 number near 0.3 has neighbours 0.002 away: an update of 1e-6 rounds to
+    nothing, and the loss is the only thing that moves. Weights are fp32 even if the
+    checkpoint is bf16 and products are computed in bf16.
+    https://github.com/areal-project/AReaL/issues/1634"""
+    tokenizer = char_tokenizer()
+    saved = small_qwen3(len(tokenizer)).bfloat16()
+    folder = save_model(tmp_path / "model", saved, tokenizer)
+    args = cpu_args(grpo, dtype="bfloat16", max_new_tokens=4)
+    model, tokenizer = grpo.load_model(folder, args)
+    before = [p.detach().clone() for p in model.parameters()]
+    types = set()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda *call: types.add(call[2].dtype))
+    prompts, noise = [[5, 6, 7]], random_noise(8, 4)
+    rollout = grpo.generate(model, tokenizer, prompts, noise, args)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-6, weight_decay=0)
+    advantages = torch.tensor([1.0, -1.0] * 4)
+    grpo.update(model, None, optimizer, rollout, advantages, args)
+    assert types == {torch.bfloat16}  # autocast was on
+    matrices = 0
+    for p, old in zip(model.parameters(), before):
+        assert p.dtype == torch.float32
+        if p.dim() == 2:
+            change = (p.detach() - old).abs()
+            assert (change > 0).float().mean() > 0.9
+            assert 0.5e-6 < change.mean() < 1.2e-6  # Adam's first step is the rate
+            matrices += 1
+    assert matrices > 10
+
+
+def test_chunks_of_the_logits_change_the_gradient(grpo, monkeypatch):
+    """Long batches of large vocabularies do not fit in memory, so logits are made chunk
+    by chunk; a chunk lost, or in the wrong place, shows nowhere. Log-probs, entropies
+    and gradients equal those of all the logits at once; no chunk exceeds the limit."""
+    rollout = random_rollout(grpo, 16, [4, 1, 6], [5, 7, 3])
+    batch = rollout.tokens, rollout.attention_mask, 7, 0.8
+    found, sizes = [], []
+
+    class WideHead(torch.nn.Module):
+        """The model's head, said to have so many rows that 4 tokens fill the limit."""
+
+        def __init__(self, head):
+            super().__init__()
+            self.own = [head]
+            self.weight = SimpleNamespace(shape=(2**26 // 4 + 1, 32))
+
+        def forward(self, hidden):
+            sizes.append(len(hidden))
+            return self.own[0](hidden)
+
+    for wide in False, True:
+        model = small_qwen3(16).double()
+        if wide:
+            head = WideHead(model.get_output_embeddings())
+            monkeypatch.setattr(model, "get_output_embeddings", lambda head=head: head)
+        logprobs, entropy = grpo.token_logprobs(model, *batch)
+        (logprobs * torch.arange(21).view(3, 7)).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found.append((logprobs, entropy, gradient))
+    assert max(sizes) <= 4 and sum(sizes) == 2 * 15  # made again for the gradient
+    for whole, chunked in zip(*found):
+        assert torch.allclose(whole, chunked, rtol=1e-6, atol=1e-6)
+
+    model = small_qwen3(16).double()
+    rows = plain_logprobs(model, rollout, 0.8)
+    assert torch.allclose(padded(rows, 7).float(), found[0][0], atol=1e-5)
+    (padded(rows, 7) * torch.arange(21).view(3, 7)).sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (gradient - found[1][2]).norm() < 1e-6 * gradient.norm()
