@@ -92,8 +92,8 @@ def test_rollouts_under_the_checkpoints_generation_config(grpo, tmp_path):
 
 def test_temperature_missing_from_the_logprobs(grpo, monkeypatch):
     """Sampled at temperature 0.7 and scored at 1, the ratio is far from 1 before
-    anything was learned. Sampled and scored log-probs agree, and both with logits / 0.7; at the
-    first update rho is exactly 1, in bf16 too, where scoring rounds differently.
+    anything was learned. Sampled and scored log-probs agree, both with logits / 0.7; at
+    the first update rho is exactly 1, in bf16 too, where scoring rounds differently.
     https://github.com/huggingface/trl/issues/3029"""
     model, prompts = small_qwen3(16), [[5, 6, 7], [8], [9, 3]]
     flags = dict(temperature=0.7, max_new_tokens=8, micro_batch_size=5, kl_coef=0.1)
