@@ -191,7 +191,7 @@ def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
     if args.data:
         with blame("cannot read the data"):
             files = [args.data, args.eval_data or args.data]
-            sources = [Path(file).read_text("utf-8").splitlines() for file in files]
+            sources = [list(Path(file).open(encoding="utf-8")) for file in files]
         reward = answer_reward
     elif size := re.fullmatch(r"countdown(?:-([2-9]))?", args.task):
         n, reward = int(size[1] or 3), countdown_reward
@@ -204,7 +204,8 @@ def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
     else:
         fail(f"unknown task {where!r}: give countdown, countdown-4 or a task.py")
     parsed = [], []
-    for problems, source, most in zip(parsed, sources, (20_000, 2_000)):
+    for problems, source, most in zip(parsed, sources, (20_000, args.eval_prompts)):
+        most = None if args.data else most  # generators may be endless
         for i, item in enumerate(itertools.islice(source, most), 1):
             with blame(f"{where}, line {i}: no object with prompt and answer"):
                 item = json.loads(item) if args.data else item
@@ -215,7 +216,7 @@ def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
     held_out = held_out[: args.eval_prompts]
     seen = {str(problem.prompt) for problem in held_out}
     train = [problem for problem in parsed[0] if str(problem.prompt) not in seen]
-    if len(train) < args.prompts_per_step or not held_out:
+    if len(train) < args.prompts_per_step or len(held_out) < WORLD_SIZE:
         fail(f"{where} is too short: {len(train)} problems to train on (a step takes "
              f"{args.prompts_per_step}) and {len(held_out)} held out")  # fmt: skip
     score(reward, train[:1], [train[0].solution])  # a broken reward ends here
@@ -610,8 +611,8 @@ def evaluate(model, tokenizer, prompts, problems, reward, args) -> dict[str, flo
 # ----------------------------------- Run folder ---------------------------------------
 
 
-def open_run(args: Args, step: int) -> Path:
-    """The folder of a new run, or of a resumed one with its logs cut after `step`."""
+def open_run(args: Args, step: int) -> None:
+    """Make the folder of a new run, or cut the logs of a resumed one after `step`."""
     run_dir, here = Path(args.run_dir), Path(__file__).parent
     with blame(f"cannot open the run folder {run_dir}"):
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -627,15 +628,15 @@ def open_run(args: Args, step: int) -> Path:
         about |= {"transformers": transformers.__version__, "commit": commit.strip()}
         about |= {"hardware": f"{os.cpu_count()} CPU cores, {gpu}", "args": vars(args)}
         (run_dir / "args.json").write_text(json.dumps(about, indent=1))
-    return run_dir
 
 
-def write_logs(run_dir: Path, args: Args, metrics: dict, sample: dict) -> None:
+def write_logs(args: Args, metrics: dict, sample: dict) -> None:
     """A line of metrics.jsonl and of samples.jsonl; wandb may fail, training not."""
-    with blame(f"cannot write in {run_dir}"):
-        records = {"metrics": metrics} | ({"samples": sample} if sample else {})
-        for name, record in records.items():
-            with (run_dir / f"{name}.jsonl").open("a") as file:
+    if RANK > 0:
+        return
+    with blame(f"cannot write in {args.run_dir}"):
+        for name, record in (("metrics", metrics), ("samples", sample)):
+            with Path(args.run_dir, f"{name}.jsonl").open("a") as file:
                 file.write(json.dumps({"step": metrics["step"]} | record) + "\n")
     try:
         if args.track:
@@ -644,7 +645,7 @@ def write_logs(run_dir: Path, args: Args, metrics: dict, sample: dict) -> None:
             if wandb.run is None:
                 mode = "online" if wandb.api.api_key else "offline"
                 mode = os.environ.get("WANDB_MODE", mode)
-                wandb.init(project=args.wandb_project, dir=run_dir, mode=mode)
+                wandb.init(project=args.wandb_project, dir=args.run_dir, mode=mode)
             wandb.log(metrics, step=metrics["step"])
     except Exception as e:
         args.track = False
@@ -781,15 +782,18 @@ def train(args: Args) -> None:
         state = torch.load(last / "state.pt", args.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    run_dir, stops = open_run(args, step), []
+    run_dir, stops = Path(args.run_dir), []
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
         signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
-    if not args.resume:
+    if RANK == 0:
+        open_run(args, step)
+    if step == 0:
         metrics = evaluate(model, tokenizer, tests, held_out, reward, args)
-        write_logs(run_dir, args, {"step": 0} | metrics, {})
         pass_1 = metrics["eval/pass@1"]
+        write_logs(args, {"step": 0} | metrics, {})
     n, group_size = args.prompts_per_step, args.group_size
-    bar = tqdm(range(step + 1, args.steps + 1), initial=step, total=args.steps)
+    steps = range(step + 1, args.steps + 1)
+    bar = tqdm(steps, initial=step, total=args.steps, disable=RANK > 0)
     for step in bar:
         clock = [time.perf_counter()]
         epoch, place = divmod(step - 1, len(problems) // n)
@@ -811,21 +815,21 @@ def train(args: Args) -> None:
             metrics |= evaluate(model, tokenizer, tests, held_out, reward, args)
             pass_1 = metrics["eval/pass@1"]
         stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0
-        if RANK == 0:
-            sample = {"prompt": tokenizer.decode(prompts[batch[0]])}
-            sample["completions"] = rollout.texts[:group_size]
-            sample["rewards"] = rollout.rewards[:group_size].tolist()
-            write_logs(run_dir, args, metrics, sample)
-            if step == 1:
-                first = sample["prompt"], rollout.texts[0]
-                tqdm.write("first prompt and completion: {!r} {!r}".format(*first))
-                tqdm.write("a loss near 0 is normal: watch the reward and pass@1")
-            shown = {"reward": metrics["reward_mean"], "pass@1": pass_1}
-            shown["tokens/s"] = round(metrics["tokens_per_second"])
-            bar.set_postfix(shown, GB=metrics["peak_memory_gb"])
-            if stop or step % args.save_every == 0 or step == args.steps:
-                save_checkpoint(run_dir, step, model, tokenizer, optimizer)
-                draw_curve(run_dir)
+        first = slice(0, group_size)  # the first group is kept as a sample
+        sample = {"prompt": tokenizer.decode(prompts[batch[0]])}
+        sample |= {"completions": rollout.texts[first]}
+        sample |= {"rewards": rollout.rewards[first].tolist()}
+        write_logs(args, metrics, sample)
+        shown = {"reward": metrics["reward_mean"], "pass@1": pass_1}
+        shown |= {"tokens/s": round(metrics["tokens_per_second"])}
+        bar.set_postfix(shown, GB=metrics["peak_memory_gb"])
+        if step == 1 and RANK == 0:
+            tqdm.write(f"first prompt: {sample['prompt']!r}")
+            tqdm.write(f"first completion: {rollout.texts[0]!r}")
+            tqdm.write("a loss near 0 is normal: watch the reward and pass@1")
+        if (stop or step % args.save_every == 0 or step == args.steps) and RANK == 0:
+            save_checkpoint(run_dir, step, model, tokenizer, optimizer)
+            draw_curve(run_dir)
         if stop:
             print(f"stopped after step {step}; to go on: --resume {run_dir}")
             sys.exit(130)
@@ -839,5 +843,7 @@ def train(args: Args) -> None:
 if __name__ == "__main__":
     flags = parse_args()
     if WORLD_SIZE > 1:
+        if flags.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if flags.device == "cuda" else "gloo")
     train(flags)
