@@ -37,7 +37,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def rollout(grpo, model, tokenizer):
-    """Completions with and without an end, one of a single token; prompts of 2, 5, 3."""
+    """Completions with and without an end, one of a single token; prompts of 2 to 5."""
     args = grpo.Args(
         device="cpu", dtype="float32", group_size=GROUP_SIZE, temperature=TEMPERATURE
     )
