@@ -721,10 +721,8 @@ def parse_args() -> Args:
             fail(f"{args.resume} is at step {done} already: give more --steps")
     may_be_0 = "seed", "warmup_steps", "kl_coef", "clip_low", "clip_high"
     for name, value in vars(args).items():
-        fine = (
-            0 < value < math.inf if type(value) in (int, float) else True
-        )  # nan is not
-        if not fine and (value != 0 or name not in may_be_0):
+        number, zero = type(value) in (int, float), value == 0 and name in may_be_0
+        if number and not (zero or 0 < value < math.inf):  # nan is neither
             fail(f"--{name.replace('_', '-')} is {value}: it must be above 0")
     now = time.strftime("%Y%m%d-%H%M%S")
     args.run_dir = args.run_dir or f"runs/grpo/{now}-s{args.seed}"
@@ -815,10 +813,9 @@ def train(args: Args) -> None:
             metrics |= evaluate(model, tokenizer, tests, held_out, reward, args)
             pass_1 = metrics["eval/pass@1"]
         stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0
-        first = slice(0, group_size)  # the first group is kept as a sample
-        sample = {"prompt": tokenizer.decode(prompts[batch[0]])}
-        sample |= {"completions": rollout.texts[first]}
-        sample |= {"rewards": rollout.rewards[first].tolist()}
+        sample = {"prompt": tokenizer.decode(prompts[batch[0]])}  # the first group
+        sample |= {"completions": rollout.texts[:group_size]}
+        sample |= {"rewards": rollout.rewards[:group_size].tolist()}
         write_logs(args, metrics, sample)
         shown = {"reward": metrics["reward_mean"], "pass@1": pass_1}
         shown |= {"tokens/s": round(metrics["tokens_per_second"])}
@@ -840,10 +837,18 @@ def train(args: Args) -> None:
         print(f"run folder: {run_dir}")
 
 
-if __name__ == "__main__":
-    flags = parse_args()
+def main() -> None:
+    """The run that the command line asks for."""
+    args = parse_args()
     if WORLD_SIZE > 1:
-        if flags.device == "cuda":
+        if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if flags.device == "cuda" else "gloo")
-    train(flags)
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    try:
+        train(args)
+    except KeyboardInterrupt:  # before the first step: there is nothing to save
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
