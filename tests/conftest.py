@@ -218,9 +218,9 @@ class Finished(NamedTuple):
 
 @pytest.fixture
 def cli(grpo, small_folder, tmp_path, monkeypatch, capsys):
-    """grpo.py's command line in this process, in an empty folder with a plug-in task.py:
-    cli(*flags) runs it whole, with a small model and few steps unless told otherwise.
-    An exception that a user would see as a traceback comes through."""
+    """grpo.py's command line in this process, in an empty folder with a plug-in
+    task.py: cli(*flags) runs it whole, with a small model and few steps unless told
+    otherwise. An exception that a user would see as a traceback comes through."""
     (tmp_path / "task.py").write_text(PLUGIN)
     monkeypatch.chdir(tmp_path)
     small = dict(

@@ -111,10 +111,10 @@ def test_hostile_text_hangs_or_fools_the_parser(grpo, name):
 
 
 def test_parser_raises_or_pays_for_mutated_answers(grpo):
-    """A parser that accepts one wrong form is found and exploited by the policy, one that
-    raises stops the run (https://github.com/verl-project/verl/issues/5635): on 100,000
-    mutated answers and random strings it never raises and agrees with an independent
-    checker, in under 10 s."""
+    """A parser that accepts one wrong form is found and exploited by the policy, one
+    that raises stops the run (https://github.com/verl-project/verl/issues/5635): on
+    100,000 mutated answers and random strings it never raises and agrees with an
+    independent checker, in under 10 s."""
     rng = random.Random(0)
     problems = list(itertools.islice(grpo.countdown_problems("train", 0, 3), 500))
     alphabet, right, seconds = "0123456789+-*/=;" * 3 + " ()x.\n٣é", 0, 0.0
@@ -146,8 +146,8 @@ def test_parser_raises_or_pays_for_mutated_answers(grpo):
 
 @pytest.mark.parametrize("size", [2, 3, 4, 6])
 def test_worked_solution_scores_zero(grpo, size):
-    """The warm start imitates the worked answers: each has to be right, with the numbers
-    of its prompt, or the policy starts from mistakes."""
+    """The warm start imitates the worked answers: each has to be right, with the
+    numbers of its prompt, or the policy starts from mistakes."""
     for problem in itertools.islice(grpo.countdown_problems("train", 1, size), 500):
         given, target = problem.answer
         assert problem.prompt == f"{' '.join(map(str, given))}={target}:"

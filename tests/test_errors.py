@@ -1,4 +1,4 @@
-"""A user's mistake is one line on stderr, exit code 2, no traceback, nothing written."""
+"""A user's mistake is one line on stderr and exit code 2; nothing is written."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def check(result, *words: str) -> str:
 
 @pytest.fixture
 def refused(cli, tmp_path):
-    """refused(*flags, words=...) checks that the command line is refused in one line and
-    that it writes nothing, not even the run's parent folder."""
+    """refused(*flags, words=...) checks that the command line is refused in one line
+    and that it writes nothing, not even the run's parent folder."""
 
     def run(*flags: str, words: tuple[str, ...] = ()) -> str:
         before = tree(tmp_path)
@@ -62,8 +62,8 @@ def refused(cli, tmp_path):
 
 
 def test_mistake_at_the_real_command_line_shows_a_traceback(tmp_path):
-    """What a shell sees, once for all other tests here: exit code 2 and one line in all,
-    on stderr."""
+    """What a shell sees, once for all other tests here: exit code 2 and one line in
+    all, on stderr."""
     process = run_script(script_path("grpo"), "--task", "sudoku", cwd=tmp_path)
     assert process.returncode == 2 and process.stdout == ""
     assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
@@ -162,8 +162,8 @@ def test_flag_without_effect_is_accepted(refused, tmp_path):
 
 
 def test_prompt_without_room_in_the_context_is_cut(refused, tmp_path):
-    """A prompt that is cut in silence asks another question; one that is not runs out of
-    positions at the last tokens. The line names the prompt and both lengths."""
+    """A prompt that is cut in silence asks another question; one that is not runs out
+    of positions at the last tokens. The line names the prompt and both lengths."""
     lines = [json.dumps(LINE | {"prompt": f"{i}+1="}) for i in range(30)]
     lines[12] = json.dumps(LINE | {"prompt": "long " * 25})  # 125 tokens + 4 > 128
     (tmp_path / "long.jsonl").write_text("\n".join(lines))
@@ -225,9 +225,9 @@ def test_reward_that_breaks_later_is_swallowed(cli, tmp_path):
     (https://github.com/verl-project/verl/issues/5839): the line has the sample's index,
     its text and the reason, and the last checkpoint is whole."""
     calls = "CALLS = []\n\n\n" + PLUGIN.replace(
-        "    return sum", "    CALLS.append(completion)\n    CALLS[:27][26:] and 1 / 0\n"
-        "    return sum"
-    )  # fmt: skip
+        "    return sum",
+        "    CALLS.append(completion)\n    CALLS[26:] and 1 / 0\n    return sum",
+    )
     # 1 trial, 4 in the evaluation, 8 in each step: the 27th is number 5 of step 3
     (tmp_path / "task.py").write_text(calls)
     line = check(
@@ -249,8 +249,9 @@ def test_missing_model_shows_a_traceback(refused, tmp_path):
 
 
 def test_hub_without_network_hangs(refused, monkeypatch):
-    """Without a network a hub name must fail within a minute, and say why; nobody has to
-    know of HF_HUB_OFFLINE. The waits between attempts are counted, not waited for."""
+    """Without a network a hub name must fail within a minute, and say why; nobody has
+    to know of HF_HUB_OFFLINE. The waits between attempts are counted, not waited
+    for."""
     waited = []
 
     def unknown_host(*_, **__):
@@ -356,8 +357,8 @@ def test_full_disk_while_drawing_shows_a_traceback(cli, tmp_path, monkeypatch):
 
 
 def test_full_disk_at_resume_destroys_the_run(cli, tmp_path, monkeypatch):
-    """Whoever opens args.json to write it anew and then finds the disk full has lost the
-    flags, and the run with them: it must go on once there is space."""
+    """Whoever opens args.json to write it anew and then finds the disk full has lost
+    the flags, and the run with them: it must go on once there is space."""
     assert cli("--steps", "1").code == 0
     real = Path.open
 

@@ -296,8 +296,8 @@ def kill_often(server: Server, kills: int, seed: int, report=lambda *_: None) ->
 
 
 def test_kill_at_a_random_moment_ends_the_run(server):
-    """kill -9, a crash of the machine, an expired job: at any moment the last checkpoint
-    is whole, and the resumed run ends where the untouched one does."""
+    """kill -9, a crash of the machine, an expired job: at any moment the last
+    checkpoint is whole, and the resumed run ends where the untouched one does."""
     kill_often(server, kills=4, seed=0)
 
 

@@ -1,0 +1,296 @@
+"""What a run leaves: complete, readable, and from nothing but the one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+from conftest import (
+    PLUGIN,
+    char_tokenizer,
+    metrics_of,
+    run_script,
+    save_model,
+    script_path,
+    small_qwen3,
+)
+from PIL import Image
+
+FLAGS = """--seed --steps --run-dir --resume --device --dtype --model --task --data
+    --eval-data --prompts-per-step --group-size --max-new-tokens --temperature
+    --learning-rate --micro-batch-size --updates-per-batch --eval-every --eval-prompts
+    --eval-samples --save-every --track --wandb-project"""
+EVERY_STEP = """step reward_mean reward_std entropy clip_fraction delta_logp_mean
+    delta_logp_max grad_norm relative_update dead_group_share truncated_share
+    completion_length seconds_rollout seconds_score seconds_update tokens_per_second
+    peak_memory_gb loss kl"""
+
+
+def test_metric_is_missing_or_constant(cli, tmp_path):
+    """A number that nobody logged cannot be looked at when a run goes wrong: every
+    metric in every step, finite, and evaluations before the first step, after the last
+    and every --eval-every between."""
+    # the warm-up is over by step 4; two updates make a ratio other than 1
+    more = ("--updates-per-batch", 2, "--eval-samples", 8, "--eval-every", 2)
+    assert cli("--steps", 5, "--learning-rate", 0.03, *more).code == 0
+    lines = metrics_of(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
+    assert [i for i, line in enumerate(lines) if "eval/pass@1" in line] == [0, 2, 4, 5]
+    assert [i for i, line in enumerate(lines) if "eval/pass@8" in line] == [0, 2, 4, 5]
+    for line in lines[1:]:
+        assert set(EVERY_STEP.split()) <= line.keys()
+        assert all(abs(value) < float("inf") for value in line.values())  # no nan
+        assert 0 <= line["reward_mean"] <= 1 and line["reward_std"] > 0
+        assert 0 < line["completion_length"] <= 4 and line["entropy"] > 0
+        assert line["grad_norm"] > 0 and line["relative_update"] > 0
+        assert 0 <= line["dead_group_share"] < 1 and 0 <= line["truncated_share"] <= 1
+        assert line["delta_logp_mean"] <= line["delta_logp_max"]
+        spent = [line[f"seconds_{x}"] for x in ("rollout", "score", "update")]
+        speed = 8 * line["completion_length"] / sum(spent)
+        assert min(spent) > 0 and abs(line["tokens_per_second"] / speed - 1) < 0.05
+        assert 0.1 < line["peak_memory_gb"] < 64
+    assert any(line["clip_fraction"] > 0 for line in lines[1:])
+    for line in lines[::2]:
+        assert 0 <= line["eval/pass@1"] <= line["eval/pass@8"] <= 1
+
+
+def test_sample_or_its_reward_is_missing(cli, tmp_path):
+    """Whoever only reads curves sees reward hacking last: each step dumps a prompt, its
+    group of completions and their rewards, those that were scored."""
+    assert cli("--steps", 3).code == 0
+    lines = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").open()]
+    assert [line["step"] for line in lines if "prompt" in line] == [1, 2, 3]
+    for line in lines[-3:]:
+        assert line["prompt"].startswith("train ") and len(line["completions"]) == 4
+        for text, reward in zip(line["completions"], line["rewards"]):
+            assert reward == sum(x.isascii() and x.islower() for x in text) / 4
+    assert len({line["prompt"] for line in lines[-3:]}) > 1
+
+
+def test_run_cannot_be_reproduced_from_its_folder(cli, tmp_path):
+    """args.json says what was run, by what, on what; curve.png shows it."""
+    assert cli("--seed", 7).code == 0
+    about = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert about["args"]["seed"] == 7 and about["args"]["learning_rate"] == 1e-3
+    assert about["args"]["device"] == "cpu" and about["args"]["dtype"] == "float32"
+    flat = json.dumps(about)
+    assert torch.__version__ in flat and sys.version.split()[0] in flat
+    assert str(os.cpu_count()) in about["hardware"]
+    git = ["git", "rev-parse", "HEAD"]
+    folder = script_path("grpo").parent
+    commit = subprocess.run(git, cwd=folder, capture_output=True, text=True).stdout
+    assert about["commit"] == commit.strip()
+    names = {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "state.pt"} <= names
+    with Image.open(tmp_path / "run" / "curve.png") as picture:
+        assert picture.format == "PNG"
+        assert 300 <= picture.width <= 2_000 and 200 <= picture.height <= 2_000
+        assert len(picture.convert("RGB").getcolors(10**6)) > 10  # there are lines
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, small_folder):
+    """The script copied into an empty folder and run there for 2 steps with --track,
+    offline: process and folder."""
+    folder = tmp_path_factory.mktemp("alone")
+    script = shutil.copy(script_path("grpo"), folder / "grpo.py")
+    flags = "--task task.py --steps 2 --prompts-per-step 2 --group-size 2 --run-dir r/1"
+    flags += (
+        " --max-new-tokens 4 --eval-prompts 2 --eval-samples 2 --track --device cpu"
+    )
+    (folder / "task.py").write_text(PLUGIN)
+    flags = [*flags.split(), "--model", small_folder]
+    env = dict(WANDB_MODE="offline", PYTHONPATH="", PYTHONDONTWRITEBYTECODE="1")
+    return run_script(script, *flags, cwd=folder, **env), folder
+
+
+def test_script_needs_its_repository(alone):
+    """One file is all there is to copy: alone in a folder it runs, outside git, too."""
+    process, folder = alone
+    assert process.returncode == 0, process.stderr
+    assert len(metrics_of(folder / "r" / "1")) == 3
+    assert {path.name for path in folder.iterdir()} == {"grpo.py", "task.py", "r"}
+    assert json.loads((folder / "r/1/args.json").read_text())["commit"] == ""
+    for said in ("first prompt", "loss near 0", "eval/pass@1", "r/1"):
+        assert said in process.stdout + process.stderr
+
+
+def test_wandb_offline_writes_nothing(alone):
+    """--track without a network still records, inside the run's folder."""
+    process, folder = alone
+    assert process.returncode == 0, process.stderr
+    runs = [*(folder / "r" / "1" / "wandb").glob("offline-run-*/*.wandb")]
+    assert len(runs) == 1 and runs[0].stat().st_size > 0
+    assert "wandb is off" not in process.stdout + process.stderr
+
+
+@pytest.mark.parametrize("where", ["init", "log"])
+def test_wandb_failure_ends_the_training(cli, tmp_path, monkeypatch, where):
+    """A service that is down, or a key that expired, is no reason to stop: one line
+    says so, and metrics.jsonl is complete."""
+
+    def down(*_, **__):
+        raise wandb.errors.CommError("the service is down")
+
+    monkeypatch.setattr(wandb, "init", lambda *_, **__: None)
+    monkeypatch.setattr(wandb, "log", lambda *_, **__: None)
+    monkeypatch.setattr(wandb, where, down)
+    result = cli("--track", "--steps", 3)
+    assert result.code == 0
+    assert (result.stdout + result.stderr).count("the service is down") == 1
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+def trained_and_held_out(grpo, monkeypatch, cli, *flags: str) -> tuple[list, list]:
+    """The prompts that a run trained on and those that it held out, as the tokenizer's
+    text."""
+    seen = {}
+    real = grpo.encode_prompts
+
+    def spy(tokenizer, problems, longest):
+        ids = real(tokenizer, problems, longest)
+        seen[len(seen)] = [tokenizer.decode(prompt) for prompt in ids]
+        return ids
+
+    monkeypatch.setattr(grpo, "encode_prompts", spy)
+    result = cli(*flags)
+    assert result.code == 0, result.stderr
+    return seen[0], seen[1]
+
+
+def test_held_out_line_of_data_is_trained_on(cli, grpo, tmp_path, monkeypatch):
+    """Every tenth line is held out; a prompt that stands in the file twice must not be
+    in both parts. A line separator inside a string does not end its line."""
+    lines = [{"prompt": f"{i % 40}+1=", "answer": i % 40 + 1} for i in range(60)]
+    lines[5]["prompt"] = "1\u2028+\u00851="
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (tmp_path / "data.jsonl").write_text(text + "\n", "utf-8")
+    flags = ("--data", "data.jsonl", "--eval-prompts", 100)
+    train, held_out = trained_and_held_out(grpo, monkeypatch, cli, *flags)
+    assert set(held_out) == {f"{i % 40}+1=" for i in range(0, 60, 10)}
+    assert not set(train) & set(held_out)
+    rest = {line["prompt"] for line in lines} - set(held_out) - {lines[5]["prompt"]}
+    assert rest <= set(train) and len(set(train)) == len(rest) + 1
+
+
+def test_evaluation_file_is_trained_on(cli, grpo, tmp_path, monkeypatch):
+    """With --eval-data nothing of --data is held out, and what stands in both files is
+    not trained on."""
+    for name, numbers in (("train", range(20)), ("eval", range(15, 25))):
+        lines = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = (
+        "--data",
+        "train.jsonl",
+        "--eval-data",
+        "eval.jsonl",
+        "--eval-prompts",
+        100,
+    )
+    train, held_out = trained_and_held_out(grpo, monkeypatch, cli, *flags)
+    assert held_out == [f"{i}+1=" for i in range(15, 25)]
+    assert train == [f"{i}+1=" for i in range(15)]
+
+
+def test_long_data_is_cut_in_silence(grpo, tmp_path):
+    """All lines of a file are trained on, however many there are."""
+    with (tmp_path / "data.jsonl").open("w") as file:
+        for i in range(30_000):
+            file.write(f'{{"prompt": "{i}", "answer": 1}}\n')
+    train, held_out, _ = grpo.load_task(grpo.Args(data=str(tmp_path / "data.jsonl")))
+    assert len(train) + len(held_out) == 30_000
+
+
+def test_chat_messages_are_not_rendered_by_the_template(
+    cli, grpo, tmp_path, monkeypatch
+):
+    """Messages go through the tokenizer's chat template once, with the opening of the
+    answer at the end, and are scored against the line's answer."""
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message.role }}>{{ message.content }}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    model = save_model(tmp_path / "chat", small_qwen3(len(tokenizer)), tokenizer)
+    lines = [
+        {"prompt": [{"role": "user", "content": f"{i}+1?"}], "answer": i + 1}
+        for i in range(30)
+    ]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = ("--data", "chat.jsonl", "--model", model, "--eval-prompts", 3)
+    train, held_out = trained_and_held_out(grpo, monkeypatch, cli, *flags)
+    assert held_out == [f"<user>{i}+1?<assistant>" for i in (0, 10, 20)]
+    assert "<user>29+1?<assistant>" in train and len(train) == 27
+    _, _, reward = grpo.load_task(grpo.Args(data="chat.jsonl", prompts_per_step=2))
+    assert reward(grpo.Problem(lines[1]["prompt"], 2), "Answer: 2") == 1.0
+
+
+def test_plug_in_gets_something_else_than_it_gave(cli, tmp_path):
+    """A plug-in sees its own problem, the seed and the split, and completions as text;
+    modules and constants at its top are there when the reward is called."""
+    code = """
+import json
+
+LOG = open("calls.jsonl", "a")
+NAMES = []
+
+
+def problems(split, seed):
+    NAMES.append([split, seed])
+    i = 0
+    while True:  # problems may be endless
+        i += 1
+        yield {"prompt": f"{split} {seed} {i}:", "answer": {"n": i}, "solution": "x"}
+
+
+def reward(problem, completion):
+    print(json.dumps([problem.prompt, problem.answer, completion, NAMES]), file=LOG)
+    LOG.flush()
+    return problem.answer["n"] % 2
+"""
+    (tmp_path / "task.py").write_text(code)
+    assert cli("--seed", 3, "--steps", 1).code == 0
+    calls = [json.loads(x) for x in (tmp_path / "calls.jsonl").open()]
+    samples = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").open()]
+    assert all(names == [["train", 3], ["eval", 3]] for *_, names in calls)
+    for prompt, answer, text, _ in calls:
+        assert prompt.endswith(f" 3 {answer['n']}:") and isinstance(text, str)
+    at_step_1 = [call for call in calls if call[0] == samples[1]["prompt"]]
+    texts = [text for _, _, text, _ in at_step_1]
+    assert texts[-4:] == samples[1]["completions"]
+    expected = float(at_step_1[0][1]["n"] % 2)
+    assert samples[1]["rewards"] == [expected] * 4
+
+
+def test_help_is_slow_or_incomplete(tmp_path, grpo):
+    """--help answers at once and shows every flag with what it means: under 3 seconds
+    of CPU, the best of up to three times (4 on a loaded machine)."""
+    best, limit = 1e9, 3.0 if os.getloadavg()[0] < 2 else 4.0
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        process = run_script(script_path("grpo"), "--help", cwd=tmp_path)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+        best = min(best, spent)
+        if best < limit:
+            break
+    assert best < limit
+    assert process.returncode == 0 and process.stderr == ""
+    words = process.stdout.split()
+    every = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(grpo.Args)}
+    for flag in {*FLAGS.split(), *every}:
+        assert [w for w in words if w.strip("│,") == flag or flag in w.split(",")], flag
+    source = Path(script_path("grpo")).read_text("utf-8")
+    fields = source[source.index("class Args") :].split("\n\n")[0].split("\n")[1:]
+    for line in fields:
+        assert "  # " in line, f"no help for {line}"
+        assert "".join(line.partition("  # ")[2].split()[:2])
