@@ -75,7 +75,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 @dataclasses.dataclass
 class Args:
     seed: int = 1  # of the data order, the sampling and the built-in model
-    steps: int = 250  # batches in the whole run, those before a --resume included
+    steps: int = 300  # batches in the whole run, those before a --resume included
     run_dir: str = ""  # folder of the run (default: runs/grpo/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue, under its own flags
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
@@ -254,8 +254,8 @@ def warm_start(problems: list[Problem], seed: int) -> tuple:
     torch.manual_seed(seed)
     model = transformers.Qwen3ForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=600)
-    for _ in tqdm(range(600), "warm start, once", leave=False):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=450)
+    for _ in tqdm(range(450), "warm start, once", leave=False):
         batch = [problems[i] for i in torch.randint(len(problems), (64,))]
         prompts = tokenizer([p.prompt for p in batch])["input_ids"]
         answers = tokenizer([p.solution + "<eos>" for p in batch])["input_ids"]
@@ -349,7 +349,8 @@ def encode_prompts(tokenizer, problems: list[Problem], longest: int) -> list[lis
     for i, (prompt, *_) in enumerate(problems):
         with blame(f"prompt {i} ({str(prompt)[:60]!r}) cannot be used"):
             if isinstance(prompt, str):
-                ids = tokenizer(prompt)["input_ids"]
+                bare = not prompt.startswith(tokenizer.bos_token or "\0")  # not twice
+                ids = tokenizer(prompt, add_special_tokens=bare)["input_ids"]
             else:
                 ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
                 ids = ids["input_ids"]

@@ -337,6 +337,8 @@ def test_two_bos_or_a_template_applied_twice(grpo, capsys):
     again = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
     assert list(of_chat) == list(again["input_ids"])
     assert list(of_text) == [bos, *characters("2+2=")]
+    ready = grpo.Problem(f"{tokenizer.bos_token}2+2=", 4)  # text that has its BOS
+    assert grpo.encode_prompts(tokenizer, [ready], 100) == [of_text]
 
     tokenizer.chat_template = None
     with pytest.raises(SystemExit) as stopped:
