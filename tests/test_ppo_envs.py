@@ -1,0 +1,680 @@
+"""algos/ppo_envs.py: each test is named after the mistake it catches."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_script, metrics_of
+
+NEEDS = "pip install -r benchmarks/requirements.txt"
+
+
+@pytest.fixture(scope="module")
+def ppo():
+    """algos/ppo_envs.py as a module."""
+    return load_script("ppo_envs")
+
+
+def args_of(ppo, **changes):
+    """Args as parse_args completes them."""
+    known = dict(device="cpu", compile="off", rollout_length=32)
+    return ppo.Args(**known | changes)
+
+
+@pytest.fixture
+def run(ppo, monkeypatch, tmp_path):
+    """run(*flags): the script with these flags, in this process, in a folder of its
+    own."""
+    handlers = [
+        (n, ppo.signal.getsignal(n)) for n in (ppo.signal.SIGINT, ppo.signal.SIGTERM)
+    ]
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags):
+        small = ["--device", "cpu", "--eval-episodes", "4", "--env", "acrobot"]
+        small += ["--hidden-size", "8", "--num-envs", "4", "--minibatch-size", "32"]
+        flags = list(map(str, flags))
+        monkeypatch.setattr(
+            "sys.argv", ["ppo_envs.py"] + ("--resume" not in flags) * small + flags
+        )
+        ppo.train(ppo.parse_args())
+
+    yield call
+    for number, handler in handlers:
+        ppo.signal.signal(number, handler)
+
+
+# ------------------------------------ Advantages --------------------------------------
+
+
+def brute_force(rewards, values, next_values, terminated, truncated, gamma, lam):
+    """Advantages (S,) of one environment from the definition: the lambda-weighted mean
+    of all n-step returns up to the episode's or the rollout's end."""
+    advantages = []
+    for s in range(len(rewards)):
+        returns, gained, k = [], 0.0, s
+        while True:
+            gained += gamma ** (k - s) * rewards[k]
+            tail = 0.0 if terminated[k] else gamma ** (k - s + 1) * next_values[k]
+            returns.append(gained + tail)
+            if terminated[k] or truncated[k] or k == len(rewards) - 1:
+                break
+            k += 1
+        weights = [(1 - lam) * lam**n for n in range(len(returns) - 1)]
+        weights.append(lam ** (len(returns) - 1))
+        advantages.append(sum(w * g for w, g in zip(weights, returns)) - values[s])
+    return torch.tensor(advantages, dtype=torch.float64)
+
+
+def random_rollout(steps, envs, seed, share=0.15):
+    """Random inputs of gae; next_values is V(obs at s + 1) unless the episode ends at
+    s."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.randn(steps, envs, generator=generator, dtype=torch.float64)
+    cut = lambda: torch.rand(steps, envs, generator=generator) < share
+    rewards, values, next_values, terminated, truncated = (
+        draw(),
+        draw(),
+        draw(),
+        cut(),
+        cut(),
+    )
+    goes_on = ~(terminated | truncated)[:-1]
+    next_values[:-1][goes_on] = values[1:][goes_on]
+    return rewards, values, next_values, terminated, truncated
+
+
+@pytest.mark.parametrize("gamma, lam", [(0.99, 0.95), (0.9, 0.0), (1.0, 1.0)])
+def test_lambda_chain_crosses_an_episode_boundary(ppo, gamma, lam):
+    """GAE that leaks over an end, or drops the bootstrap at a truncation, differs from
+    the lambda-return by definition. https://github.com/vwxyzjn/cleanrl/issues/198"""
+    rollout = random_rollout(40, 16, seed=0)
+    advantages, returns = ppo.gae(*rollout, gamma, lam)
+    for i in range(16):
+        expected = brute_force(*(x[:, i].tolist() for x in rollout), gamma, lam)
+        torch.testing.assert_close(advantages[:, i], expected)
+    torch.testing.assert_close(returns, advantages + rollout[1])
+
+
+def test_truncation_treated_as_termination(ppo):
+    """A time limit is not a failure: the value of the last state counts.
+    https://github.com/vwxyzjn/cleanrl/issues/198"""
+    rewards = torch.ones(5, 1)
+    values, after = torch.full((5, 1), 2.0), torch.full((5, 1), 7.0)
+    at = lambda *steps: torch.tensor([[s in steps] for s in range(5)])
+    advantages, _ = ppo.gae(rewards, values, after, at(1), at(3), 0.5, 0.5)
+    delta = 1 + 0.5 * 7 - 2  # 2.5 wherever V(next) counts
+    end = 1 - 2  # -1 at the termination
+    expected = [delta + 0.25 * end, end, delta + 0.25 * delta, delta, delta]
+    assert advantages[:, 0].tolist() == pytest.approx(expected)
+
+
+def test_last_rollout_slot_is_lost(ppo):
+    """Every advantage moves with its own reward, the last one's too.
+    https://github.com/PufferAI/PufferLib/issues/363"""
+    rewards, *rest = random_rollout(12, 3, seed=1)
+    before, _ = ppo.gae(rewards, *rest, 0.99, 0.95)
+    for s in range(12):
+        nudged = rewards.clone()
+        nudged[s] += 1e-3
+        after, _ = ppo.gae(nudged, *rest, 0.99, 0.95)
+        torch.testing.assert_close(
+            after[s] - before[s], torch.full((3,), 1e-3).double()
+        )
+
+
+class Jumps:
+    """Episodes of three steps, ended by turns by truncation and termination; the value
+    of an observation is the observation, a thousand at each start of an episode."""
+
+    num_envs, time_limit = 2, 3
+
+    def __init__(self):
+        self.count = 0
+
+    def step(self, actions):
+        self.count += 1
+        ended = torch.full((2,), self.count % 3 == 0)
+        terminated = ended & torch.full((2,), self.count % 6 == 0)
+        final_obs = torch.full((2, 1), float(self.count % 3 or 3))
+        obs = torch.where(ended[:, None], 1000.0, final_obs)
+        return obs, torch.ones(2), terminated, ended & ~terminated, final_obs
+
+
+class Identity:
+    """An agent whose value of an observation is the observation."""
+
+    value = staticmethod(lambda obs: (obs[:, 0],))
+    act = staticmethod(lambda obs: (obs[:, 0].byte(), obs[:, 0] * 0, obs[:, 0]))
+
+
+def test_autoreset_shows_the_next_episode_to_the_last_action(ppo):
+    """Advantages of an episode's last action use the final observation, never the first
+    of the next episode. https://github.com/vwxyzjn/cleanrl/issues/499"""
+    args = args_of(ppo, rollout_length=9, num_envs=2)
+    live = {"obs": torch.full((2, 1), 1000.0), "episode": torch.zeros(2, 2)}
+    agent, batch = Identity(), {}
+    totals, _ = ppo.collect(agent, agent.act, Jumps(), live, batch, args)
+    assert batch["values"][:, 0].tolist() == [1000, 1, 2] * 3
+    assert batch["next_values"][[0, 1, 2, 3, 4, 6, 7, 8], 0].tolist() == [
+        1,
+        2,
+        3,
+        1,
+        2,
+        1,
+        2,
+        3,
+    ]
+    assert batch["terminated"][:, 0].nonzero().flatten().tolist() == [5]
+    assert batch["truncated"][:, 0].nonzero().flatten().tolist() == [2, 8]
+    names = "rewards", "values", "next_values", "terminated", "truncated"
+    advantages, _ = ppo.gae(*(batch[x] for x in names), 0.5, 0.5)
+    assert advantages[[2, 5], 0].tolist() == [1 + 0.5 * 3 - 2, 1 - 2]
+    assert totals.tolist() == [18, 18, 6]  # return and length over all 6 episodes
+
+
+# --------------------------------------- Loss -----------------------------------------
+
+
+def test_clip_has_the_wrong_sign_or_anchor(ppo):
+    """Loss and gradient against the objective written out in float64, transition by
+    transition. https://github.com/walkinglabs/hands-on-modern-rl/issues/75"""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(500, generator=generator, dtype=torch.float64)
+    new, old, prox, advantages = 0.3 * draw(), 0.3 * draw(), 0.3 * draw(), draw()
+    new.requires_grad_()
+    losses, clipped = ppo.ppo_loss(new, old, prox, advantages, 0.2)
+    (gradient,) = torch.autograd.grad(losses.sum(), new)
+    for i, (n, o, p, a) in enumerate(
+        zip(*(x.tolist() for x in (new, old, prox, advantages)))
+    ):
+        rho, ratio = math.exp(n - o), math.exp(n - p)
+        bounded = min(max(ratio, 0.8), 1.2) * math.exp(p - o)
+        assert losses[i].item() == pytest.approx(-min(rho * a, bounded * a), abs=1e-12)
+        cut = ratio > 1.2 if a > 0 else ratio < 0.8
+        assert clipped[i].item() == cut
+        assert gradient[i].item() == pytest.approx(0 if cut else -rho * a, abs=1e-12)
+
+
+def test_ewma_with_com_0_is_not_ppo(ppo):
+    """pi_prox = pi_b gives PPO's loss and gradient, bit for bit (arXiv 2110.00641)."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: torch.randn(4096, generator=generator)
+    new, old, advantages = 0.3 * draw(), 0.3 * draw(), draw()
+    results = []
+    for plain in (True, False):
+        x = new.clone().requires_grad_()
+        ratio = (x - old).exp()
+        loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+        loss = loss if plain else ppo.ppo_loss(x, old, old, advantages, 0.2)[0]
+        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), x)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_ewma_weights_are_not_the_recursion(ppo):
+    """The k steps old weights count beta^k / sum of beta^j, from the first step on
+    (Hilton et al., arXiv 2110.00641); the age is the mean of k."""
+    com, history = 3.0, [torch.randn(7, dtype=torch.float64) for _ in range(20)]
+    average, weight, age = [history[0].clone()], 1.0, 0.0
+    for t in range(1, 20):
+        weight, age = ppo.ewma_update(average, [history[t]], weight, age, com)
+        shares = torch.tensor(
+            [0.75 ** (t - k) for k in range(t + 1)], dtype=torch.float64
+        )
+        shares /= shares.sum()
+        torch.testing.assert_close(
+            average[0], sum(w * x for w, x in zip(shares, history))
+        )
+        assert age == pytest.approx(
+            sum(w * (t - k) for k, w in enumerate(shares.tolist()))
+        )
+    for _ in range(200):
+        weight, age = ppo.ewma_update(average, [history[0]], weight, age, com)
+    assert age == pytest.approx(com)  # beta / (1 - beta)
+
+
+def learner(ppo, **changes):
+    """An agent on a small batch: agent, optimizer, batch, args."""
+    args = args_of(
+        ppo, env="acrobot", num_envs=16, minibatch_size=64, hidden_size=8, **changes
+    )
+    torch.manual_seed(0)
+    env = ppo.make_env(args, 16)
+    agent, batch = ppo.Agent(env, args), {}
+    parameters = [p for p in agent.parameters() if p.requires_grad]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer = torch.optim.Adam(parameters, 1e-2, eps=1e-5, fused=True)
+    live = {"obs": env.reset(), "episode": torch.zeros(2, 16)}
+    ppo.collect(agent, agent.act, env, live, batch, args)
+    return agent, optimizer, batch, args
+
+
+def test_large_minibatch_in_pieces_has_another_gradient(ppo, monkeypatch):
+    """The weights after a batch do not depend on the size of the pieces it is walked
+    in. https://github.com/verl-project/verl/issues/906"""
+    results = []
+    for size in (2**13, 8):
+        monkeypatch.setitem(ppo.PIECE, "cpu", size)
+        agent, optimizer, batch, args = learner(ppo)
+        torch.manual_seed(1)
+        stats = ppo.learn(agent, agent.loss, optimizer, batch, args)
+        results.append(torch.cat([p.flatten() for p in agent.parameters()]))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+    assert stats["ddr"] == 512 / stats["kl"]
+
+
+def test_kl_is_measured_in_the_other_direction(ppo):
+    """KL(behaviour || updated) over the batch, by enumeration of the actions; plain
+    PPO's anchor is on average (updates - 1) / 2 gradient steps old."""
+    agent, optimizer, batch, args = learner(ppo)
+    logits = lambda: (
+        agent.outputs(batch["obs"].flatten(0, 1))[0].double().log_softmax(-1)
+    )
+    with torch.no_grad():
+        before = logits()
+    stats = ppo.learn(agent, agent.loss, optimizer, batch, args)
+    with torch.no_grad():
+        expected = (before.exp() * (before - logits())).sum(-1).mean()
+    assert stats["kl"].item() == pytest.approx(expected.item(), rel=1e-3)
+    assert stats["proximal_age"].item() == (4 * 512 / 64 - 1) / 2
+
+
+def test_ewma_anchor_never_moves(ppo):
+    """With --ewma-com the proximal weights follow the learner's and change the
+    result."""
+    plain, ewma = learner(ppo), learner(ppo, ewma_com=2.0)
+    start = torch.cat([p.flatten() for p in ewma[0].proximal.parameters()])
+    for agent, optimizer, batch, args in (plain, ewma):
+        torch.manual_seed(1)
+        stats = ppo.learn(agent, agent.loss, optimizer, batch, args)
+    weights = [
+        torch.cat([p.flatten() for p in x[0].actor.parameters()]) for x in (plain, ewma)
+    ]
+    anchor = torch.cat([p.flatten() for p in ewma[0].proximal.parameters()])
+    assert not torch.equal(*weights)
+    assert 0 < (anchor - weights[1]).norm() < (start - weights[1]).norm()
+    assert 1 < stats["proximal_age"] < 2
+
+
+# -------------------------------------- Recipe ----------------------------------------
+
+
+def test_minibatch_grows_with_num_envs(ppo):
+    """More environments: more minibatches of the same size at the same learning rate;
+    the wrong arms of arXiv 2603.06009 only on request."""
+    for num_envs in (1, 64, 4096, 2**20):
+        args = args_of(ppo, num_envs=num_envs)
+        assert (
+            ppo.recipe(args) == (512, 1e-3) == (args.minibatch_size, args.learning_rate)
+        )
+    wrong = args_of(ppo, num_envs=1024, scaling="minibatch-size")
+    assert ppo.recipe(wrong) == (2048, 1e-3)
+    wrong.scaling = "minibatch-size-sqrt-lr"
+    assert ppo.recipe(wrong) == (2048, pytest.approx(2e-3))
+
+
+@pytest.mark.parametrize("block", [1, 16])
+def test_shuffle_loses_transitions(ppo, block, monkeypatch):
+    """Each epoch shows each transition once, whole, in minibatches of the given
+    size."""
+    agent, optimizer, batch, args = learner(ppo, epochs=2)
+    batch["logprobs"] = torch.arange(512.0).view(32, 16)  # a name for each transition
+    batch["obs"][..., 0] = batch["logprobs"]
+    seen, gcd = [], math.gcd
+    monkeypatch.setattr(ppo.math, "gcd", lambda *x: block if len(x) == 3 else gcd(*x))
+
+    def loss_of(obs, actions, logprobs, advantages, returns):
+        assert torch.equal(obs[:, 0], logprobs)
+        seen.append(logprobs)
+        loss = agent.loss(obs * 0, actions, logprobs * 0, advantages, returns)
+        return loss
+
+    ppo.learn(agent, loss_of, optimizer, batch, args)
+    assert [len(x) for x in seen] == [64] * 16
+    for epoch in (torch.cat(seen[:8]), torch.cat(seen[8:])):
+        assert epoch.sort()[0].tolist() == list(range(512))
+        assert epoch.tolist() != list(range(512))
+
+
+def test_storage_is_wider_than_the_data(ppo):
+    """A transition takes the smallest exact dtype of each field: a million environments
+    depend on it."""
+    _, _, batch, _ = learner(ppo)
+    sizes = {name: x.element_size() for name, x in batch.items()}
+    narrow = dict(actions=1, rewards=1, terminated=1, truncated=1)
+    assert sizes == narrow | dict(obs=4, logprobs=4, values=4, next_values=4)
+    env = ppo.make_env(args_of(ppo, env="breakout"), 3)
+    assert env.reset().dtype == torch.bool and env.state[0].dtype == torch.int8
+
+
+# ------------------------------------ Normaliser --------------------------------------
+
+
+def test_normaliser_is_not_saved_or_not_frozen(ppo, tmp_path):
+    """Actions after save and load are identical; evaluation leaves the normaliser
+    alone. https://github.com/vwxyzjn/cleanrl/issues/556"""
+    agent, _, batch, args = learner(ppo)
+    obs = 3 + 5 * batch["obs"].flatten(0, 1)
+    agent.see(obs[:100])
+    agent.see(obs[100:])
+    torch.testing.assert_close(agent.mean, obs.mean(0))
+    torch.testing.assert_close(agent.var, obs.var(0, correction=0))
+    ppo.save_checkpoint(tmp_path, {"step": 1, "agent": agent.state_dict()})
+    env = ppo.make_env(args, 4)
+    other = ppo.Agent(env, args)
+    saved = torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)
+    other.load_state_dict(saved["agent"])
+    results = []
+    for x in (agent, other):
+        torch.manual_seed(0)
+        results.append(x.act(obs))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    before = {k: v.clone() for k, v in agent.state_dict().items()}
+    scores = [ppo.evaluate(agent, env, args) for _ in range(2)]
+    assert scores[0] == scores[1]
+    assert all(torch.equal(before[k], v) for k, v in agent.state_dict().items())
+
+
+# ----------------------------------- Environments -------------------------------------
+
+
+def random_states(kind):
+    draw = lambda *scale: (
+        torch.randn(len(scale), 10_000).double() * torch.tensor(scale)[:, None]
+    )
+    torch.manual_seed(0)
+    if kind == "cartpole":
+        return draw(1.2, 1.0, 0.12, 1.0), torch.randint(
+            0, 2, (10_000,), dtype=torch.uint8
+        )
+    if kind == "acrobot":
+        state = draw(2.0, 2.0, 4.0, 8.0)
+        state[:2] = state[:2].clamp(-3.14, 3.14)
+        return state, torch.randint(0, 3, (10_000,), dtype=torch.uint8)
+    return draw(4.0, 4.0), 1.5 * torch.randn(10_000, 1)
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("cartpole", "CartPole-v1"),
+        ("acrobot", "Acrobot-v1"),
+        ("pendulum", "Pendulum-v1"),
+    ],
+)
+def test_dynamics_differ_from_gymnasium(ppo, kind, name):
+    """10,000 random transitions: state, observation, reward and end as in gymnasium."""
+    gymnasium = pytest.importorskip("gymnasium", reason=NEEDS)
+    state, actions = random_states(kind)
+    rules, env = ppo.BUILT_IN[kind], gymnasium.make(name).unwrapped
+    after, rewards, terminated = rules.step(state, actions, None)
+    obs, expected = rules.observe(after), []
+    env.reset(seed=0)
+    for before, action in zip(state.T.numpy(), actions.numpy()):
+        env.state = before.copy()
+        env.steps_beyond_terminated = None
+        o, r, end, _, _ = env.step(action if action.ndim else int(action))
+        expected.append((np.array(env.state, dtype=np.float64), o, r, end))
+    states, observations, gains, ends = (np.stack(x) for x in zip(*expected))
+    np.testing.assert_allclose(after.T.numpy(), states, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(obs.numpy(), observations, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(rewards.numpy(), gains, rtol=1e-6, atol=1e-6)
+    assert (terminated.numpy() == ends).all() and obs.dtype == torch.float32
+    assert kind == "pendulum" or 0.02 < ends.mean() < 0.9
+    assert rules.time_limit == gymnasium.spec(name).max_episode_steps
+    starts = rules.reset(torch.rand(rules.sizes[0], 10_000).double())
+    own = np.stack([(env.reset(seed=i), env.state)[1] for i in range(500)], 1)
+    np.testing.assert_allclose(starts.min(1)[0], own.min(1), atol=0.03 * np.ptp(own))
+    np.testing.assert_allclose(starts.max(1)[0], own.max(1), atol=0.03 * np.ptp(own))
+
+
+def test_time_limit_or_reset_is_off_by_one(ppo):
+    """Whole episodes beside gymnasium, step by step, through terminations, truncations
+    at 500 and resets. https://github.com/vwxyzjn/cleanrl/issues/499"""
+    gymnasium = pytest.importorskip("gymnasium", reason=NEEDS)
+    env, twin = ppo.make_env(args_of(ppo), 2), gymnasium.make("CartPole-v1")
+    torch.manual_seed(0)
+    obs = env.reset()
+    twin.reset()
+    twin.unwrapped.state = env.state[0][:, 0].numpy()
+    ends = []
+    for t in range(1300):
+        # a hand-made controller keeps the pole up for the first 1,000 steps
+        upright = (
+            obs[:, 2] + 0.5 * obs[:, 3] + 0.02 * obs[:, 0] + 0.1 * obs[:, 1] > 0
+        ).byte()
+        actions = upright if t < 1000 else torch.randint(0, 2, (2,), dtype=torch.uint8)
+        obs, rewards, terminated, truncated, final_obs = env.step(actions)
+        o, r, end, cut, _ = twin.step(int(actions[0]))
+        assert (r, end, cut) == (rewards[0], terminated[0], truncated[0])
+        np.testing.assert_allclose(final_obs[0], o, rtol=1e-5, atol=1e-6)
+        same = obs[0] == final_obs[0]
+        assert same.all() != (end or cut)
+        if end or cut:
+            ends.append(cut)
+            twin.reset()
+            twin.unwrapped.state = env.state[0][:, 0].numpy()
+            assert obs[0].abs().max() <= 0.05
+    assert True in ends and False in ends
+
+
+def test_breakout_differs_from_minatar(ppo):
+    """10,000 random transitions of 20 games: observation, reward and end as in the
+    minatar package, resets, sticky actions and cleared walls included."""
+    minatar = pytest.importorskip("minatar", reason=NEEDS)
+    twins = [minatar.Environment("breakout", sticky_action_prob=0.0) for _ in range(20)]
+    rules = ppo.BUILT_IN["breakout"]
+    torch.manual_seed(0)
+    state, total, walls = rules.reset(torch.rand(2, 20)), 0, 0
+    for i, twin in enumerate(twins):
+        twin.env.ball_x, twin.env.ball_dir = state[0, i].item(), state[2, i].item()
+        twin.env.last_x = twin.env.ball_x
+        twin.env.brick_map[1:4] = 0
+        twin.env.brick_map[1 + i % 3, i % 10] = 1  # nearly cleared
+        state[8:, i] = (
+            torch.from_numpy(twin.env.brick_map[1:4]).flatten().to(torch.int8)
+        )
+    for _ in range(500):
+        noise, actions = (
+            torch.rand(2, 20),
+            torch.randint(0, 3, (20,), dtype=torch.uint8),
+        )
+        follow = torch.rand(20) < 0.8  # the paddle goes where the ball will be
+        goal = (state[0] + torch.where((state[2] == 1) | (state[2] == 2), 1, -1)).clamp(
+            0, 9
+        )
+        chase = torch.where(
+            goal < state[3], 1, torch.where(goal > state[3], 2, 0)
+        ).byte()
+        actions = torch.where(follow, chase, actions)
+        taken = torch.where(noise[1] < 0.1, state[7], actions.to(torch.int8))
+        state, rewards, terminated = rules.step(state, actions, noise)
+        seen = rules.observe(state).view(20, 10, 10, 4).numpy()
+        for i, twin in enumerate(twins):
+            bricks = twin.env.brick_map.sum()
+            r, end = twin.act([0, 1, 3][taken[i]])
+            walls += twin.env.brick_map.sum() > bricks
+            assert (r, end) == (rewards[i], terminated[i]) and (
+                twin.state() == seen[i]
+            ).all()
+            total += r
+            if end:
+                twin.reset()
+                fresh = rules.reset(torch.rand(2, 1))[:, 0]
+                twin.env.ball_x, twin.env.ball_dir = fresh[0].item(), fresh[2].item()
+                twin.env.last_x = twin.env.ball_x
+                state[:, i] = fresh
+    assert total > 100 and walls > 3
+    assert (rules.observe(state).view(20, 10, 10, 4).sum((1, 2))[:, :2] == 1).all()
+
+
+def test_breakout_starts_on_one_side_only(ppo):
+    """MinAtar starts the ball left or right with equal chance, and repeats actions."""
+    env = ppo.make_env(args_of(ppo, env="breakout"), 4096)
+    torch.manual_seed(0)
+    env.reset()
+    state = env.state[0]
+    assert 0.45 < (state[0] == 0).float().mean() < 0.55
+    assert ((state[0] == 0) == (state[2] == 2)).all()
+    env.step(torch.full((4096,), 2, dtype=torch.uint8))
+    assert 0.07 < (env.state[0][3] == 4).float().mean() < 0.13
+
+
+def test_gymnasium_autoreset_is_off_by_one(ppo):
+    """gym:<id>: each step is a real one, final_obs the episode's last observation and
+    obs the next one's first. https://github.com/vwxyzjn/cleanrl/issues/499"""
+    gymnasium = pytest.importorskip("gymnasium", reason=NEEDS)
+    env = ppo.make_env(args_of(ppo, env="gym:CartPole-v1"), 3)
+    torch.manual_seed(0)
+    seed = int(torch.randint(2**31, ()))
+    torch.manual_seed(0)
+    obs, ends = env.reset(), 0
+    twin = gymnasium.make("CartPole-v1")
+    torch.testing.assert_close(obs[0], torch.from_numpy(twin.reset(seed=seed)[0]))
+    for _ in range(200):
+        actions = torch.randint(0, 2, (3,), dtype=torch.uint8)
+        obs, rewards, terminated, truncated, final_obs = env.step(actions)
+        o, r, end, cut, _ = twin.step(int(actions[0]))
+        assert np.array_equal(final_obs[0], o) and rewards[0] == r == 1
+        assert (terminated[0], truncated[0]) == (end, cut)
+        o = twin.reset()[0] if end or cut else o
+        assert np.array_equal(obs[0], o)
+        ends += end
+    assert ends > 3 and (env.obs_size, env.outputs, env.discrete) == (4, 2, True)
+    env = ppo.make_env(args_of(ppo, env="gym:Pendulum-v1"), 3)
+    env.reset()
+    obs, rewards, *_ = env.step(torch.full((3, 1), 50.0))
+    assert obs.shape == (3, 3) and rewards.shape == (3,) and env.outputs == 2
+
+
+def test_gymnax_final_observation_is_lost(ppo):
+    """gymnax:<id>: terminated and truncated apart, no copy on the way, state restored;
+    the dynamics are those of our own CartPole."""
+    pytest.importorskip("gymnax", reason=NEEDS)
+    env = ppo.make_env(args_of(ppo, env="gymnax:CartPole-v1"), 4)
+    torch.manual_seed(0)
+    before, ends = env.reset(), 0
+    for t in range(60):
+        actions = torch.randint(0, 2, (4,), dtype=torch.uint8)
+        after, _, fallen = ppo.cartpole(before.T.double(), actions, None)
+        obs, _, terminated, truncated, final_obs = env.step(actions)
+        torch.testing.assert_close(final_obs, after.T.float(), atol=1e-5, rtol=1e-4)
+        assert torch.equal(terminated, fallen) and not truncated.any()
+        assert torch.equal((obs == final_obs).all(-1), ~terminated)
+        ends, before = ends + terminated.sum(), obs
+        if t == 40:
+            saved = [x.clone() for x in env.state]
+    assert ends > 2 and (env.obs_size, env.outputs, env.discrete) == (4, 2, True)
+    results = []
+    for _ in range(2):
+        env.state = [x.clone() for x in saved]
+        torch.manual_seed(1)
+        results.append(env.step(torch.ones(4, dtype=torch.uint8))[0])
+    assert torch.equal(*results)
+    env = ppo.make_env(args_of(ppo, env="gymnax:Pendulum-v1"), 4)
+    env.reset()
+    assert env.step(torch.full((4, 1), 50.0))[0].shape == (4, 3) and env.outputs == 2
+
+
+# ---------------------------------- Whole program -------------------------------------
+
+
+@pytest.mark.parametrize("flags", [[], ["--env", "pendulum", "--ewma-com", "2"]])
+def test_resume_is_off_by_one(ppo, run, tmp_path, flags):
+    """Two steps, resume, two more: bit for bit the run of four, in weights, optimiser,
+    environments and logs. https://github.com/vwxyzjn/cleanrl/issues/399"""
+    run(*flags, "--steps", 4, "--run-dir", "whole", "--eval-every", 1)
+    run(*flags, "--steps", 2, "--run-dir", "parts", "--eval-every", 1)
+    (tmp_path / "parts/checkpoint").rename(
+        tmp_path / "parts/checkpoint.old"
+    )  # as killed
+    with (tmp_path / "parts/metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "transitions": 0}\n{"step": 4, "transi')
+    run("--resume", "parts", "--steps", 4)
+    paths = [tmp_path / x / "checkpoint" / "state.pt" for x in ("whole", "parts")]
+    states = [torch.load(path, weights_only=True) for path in paths]
+    flat = [torch.utils._pytree.tree_flatten(state)[0] for state in states]
+    assert len(flat[0]) == len(flat[1]) > 30
+    for a, b in zip(*flat):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    logs = [metrics_of(tmp_path / x) for x in ("whole", "parts")]
+    timed = "second", "memory"
+    keep = lambda r: {k: v for k, v in r.items() if not any(x in k for x in timed)}
+    assert list(map(keep, logs[0])) == list(map(keep, logs[1]))
+    assert [r["step"] for r in logs[0]] == [0, 1, 2, 3, 4]
+    names = {"ddr", "kl", "proximal_age", "explained_variance", "clip_fraction"}
+    names |= {f"{x}steps_per_second" for x in ("env_", "act_", "")}
+    assert (
+        names <= set(logs[0][4])
+        and (tmp_path / "whole/curve.png").stat().st_size > 1000
+    )
+    assert "args" in json.loads((tmp_path / "whole/args.json").read_text())
+
+
+def test_one_environment_is_not_enough(ppo, run, tmp_path, capsys):
+    """--num-envs 1 works, without further flags: the rollout becomes longer."""
+    run("--num-envs", 1, "--env", "cartpole", "--steps", 2, "--run-dir", "one")
+    last = metrics_of(tmp_path / "one")[-1]
+    assert last["transitions"] == 2 * 8 * 32
+    assert last["episodes"] > 1 and last["eval/episode_return"] > 1
+    assert "per environment" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--env", "cartpool"], "cartpool"),
+    (["--env", "gym:NoSuch-v0"], "gym:NoSuch-v0"),
+    (["--env", "gym:Blackjack-v1"], "Tuple observations"),
+    (["--num-envs", "0"], "--num-envs is 0"),
+    (["--num-envs", "-4"], "--num-envs is -4"),
+    (["--num-envs", "two"], "num-envs"),
+    (["--minibatch-size", "4096", "--rollout-length", "8"], "larger than the batch"),
+    (["--minibatch-size", "24", "--rollout-length", "10"], "do not divide the batch"),
+    (["--scaling", "minibatch-size", "--base-envs", "1000"], "minibatch"),
+    (["--learning-rate", "nan"], "--learning-rate is nan"),
+    (["--gamma", "1.5"], "--gamma"),
+    (["--clip", "1"], "--clip"),
+    (["--resume", "nowhere"], "nowhere holds no run"),
+    (["--run-dir", "."], "exists: give another"),
+    (["--no-such-flag"], "no-such-flag"),
+])  # fmt: skip
+def test_bad_input_ends_in_a_traceback(run, tmp_path, capsys, flags, message):
+    """A user's mistake: one line, exit code 2, nothing written."""
+    if flags[-1].startswith("gym:"):
+        pytest.importorskip("gymnasium", reason=NEEDS)
+    with pytest.raises(SystemExit) as stop:
+        run("--run-dir", "new", *flags)
+    error = capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    )
+    assert message in error and not list(tmp_path.iterdir())
+
+
+def test_no_compiler_is_a_traceback(ppo, run, tmp_path, monkeypatch, capsys):
+    """Without a C++ compiler --compile on says so and goes on without."""
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler here\nat all")
+
+    monkeypatch.setattr(ppo.torch, "compile", broken)
+    run("--compile", "on", "--steps", 1, "--run-dir", "run")
+    assert "torch.compile is off: no compiler here\n" in capsys.readouterr().out
+    assert (
+        json.loads((tmp_path / "run/args.json").read_text())["args"]["compile"] == "off"
+    )
+
+
+def test_missing_library_is_a_traceback(ppo, run, tmp_path, monkeypatch, capsys):
+    """Without gymnasium: the package to install, in one line."""
+    monkeypatch.setitem(ppo.sys.modules, "gymnasium", None)
+    with pytest.raises(SystemExit):
+        run("--env", "gym:CartPole-v1")
+    assert "pip install gymnasium" in capsys.readouterr().err and not list(
+        tmp_path.iterdir()
+    )
