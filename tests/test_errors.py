@@ -64,7 +64,9 @@ def refused(cli, tmp_path):
 def test_mistake_at_the_real_command_line_shows_a_traceback(tmp_path):
     """What a shell sees, once for all other tests here: exit code 2 and one line in
     all, on stderr."""
-    process = run_script(script_path("grpo"), "--task", "sudoku", cwd=tmp_path)
+    process = run_script(
+        script_path("grpo"), "--task", "sudoku", cwd=tmp_path, timeout=60
+    )
     assert process.returncode == 2 and process.stdout == ""
     assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())

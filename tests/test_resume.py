@@ -180,6 +180,7 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         signal.alarm(100)  # nothing here takes that long
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(folder)
         log = os.open("log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(log, 1)

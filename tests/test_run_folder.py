@@ -16,6 +16,7 @@ import torch
 import wandb
 from conftest import (
     PLUGIN,
+    ROOT,
     char_tokenizer,
     metrics_of,
     run_script,
@@ -76,8 +77,9 @@ def test_sample_or_its_reward_is_missing(cli, tmp_path):
     assert len({line["prompt"] for line in lines[-3:]}) > 1
 
 
-def test_run_cannot_be_reproduced_from_its_folder(cli, tmp_path):
+def test_run_cannot_be_reproduced_from_its_folder(cli, grpo, tmp_path, monkeypatch):
     """args.json says what was run, by what, on what; curve.png shows it."""
+    monkeypatch.setattr(grpo, "__file__", str(ROOT / "algos" / "grpo.py"))
     assert cli("--seed", 7).code == 0
     about = json.loads((tmp_path / "run" / "args.json").read_text())
     assert about["args"]["seed"] == 7 and about["args"]["learning_rate"] == 1e-3
@@ -86,8 +88,7 @@ def test_run_cannot_be_reproduced_from_its_folder(cli, tmp_path):
     assert torch.__version__ in flat and sys.version.split()[0] in flat
     assert str(os.cpu_count()) in about["hardware"]
     git = ["git", "rev-parse", "HEAD"]
-    folder = script_path("grpo").parent
-    commit = subprocess.run(git, cwd=folder, capture_output=True, text=True).stdout
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout
     assert about["commit"] == commit.strip()
     names = {path.name for path in (tmp_path / "run" / "checkpoint").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "state.pt"} <= names
