@@ -214,6 +214,13 @@ def test_ewma_with_com_0_is_not_ppo(ppo):
         loss = loss if plain else ppo.ppo_loss(x, old, old, advantages, 0.2)[0]
         results.append((loss.detach(), *torch.autograd.grad(loss.sum(), x)))
     assert all(torch.equal(a, b) for a, b in zip(*results))
+    agent, _, batch, _ = learner(ppo)  # --ewma-com is 0: no other weights take part
+    names = "obs", "actions", "logprobs", "values", "next_values"
+    data = [batch[name].flatten(0, 1) for name in names]
+    before = agent.loss(*data)[1]
+    for p in agent.proximal.parameters():
+        p.normal_(generator=generator)
+    assert torch.equal(agent.loss(*data)[1], before)
 
 
 def test_ewma_weights_are_not_the_recursion(ppo):
@@ -258,13 +265,15 @@ def learner(ppo, **changes):
 def test_large_minibatch_in_pieces_has_another_gradient(ppo, monkeypatch):
     """The weights after a batch do not depend on the size of the pieces it is walked
     in. https://github.com/verl-project/verl/issues/906"""
-    results = []
-    for size in (2**13, 8):
+    results, norms = [], []
+    for size in (2**13, 24):  # 24, 24 and 16 of 64
         monkeypatch.setitem(ppo.PIECE, "cpu", size)
         agent, optimizer, batch, args = learner(ppo)
         torch.manual_seed(1)
         stats = ppo.learn(agent, agent.loss, optimizer, batch, args)
         results.append(torch.cat([p.flatten() for p in agent.parameters()]))
+        norms.append(stats["grad_norm"])
+    torch.testing.assert_close(*norms)
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
     assert stats["ddr"] == 512 / stats["kl"]
 
