@@ -111,7 +111,7 @@ class Args:
 
 def fail(message: str) -> NoReturn:
     """Stop with one line about what the user can put right, exit code 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -188,10 +188,12 @@ def answer_reward(problem: Problem, completion: str) -> float:
 def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
     """Problems to train on, held-out ones (none in both), reward(problem, text)."""
     where, splits = args.data or args.task, ("train", "eval")
+    files = [where, where]
     if args.data:
-        with blame("cannot read the data"):
-            files = [args.data, args.eval_data or args.data]
-            sources = [list(Path(file).open(encoding="utf-8")) for file in files]
+        files, sources = [args.data, args.eval_data or args.data], []
+        for file in files:
+            with blame(f"cannot read {file}"):
+                sources.append(list(Path(file).open(encoding="utf-8")))
         reward = answer_reward
     elif size := re.fullmatch(r"countdown(?:-([2-9]))?", args.task):
         n, reward = int(size[1] or 3), countdown_reward
@@ -200,14 +202,15 @@ def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
         with blame(f"{where} is no task with the functions problems and reward"):
             plugin = runpy.run_path(args.task)
             reward, problems = plugin["reward"], plugin["problems"]
-            sources = [problems(split, args.seed) for split in splits]
+            sources = [iter(problems(split, args.seed)) for split in splits]
     else:
         fail(f"unknown task {where!r}: give countdown, countdown-4 or a task.py")
     parsed = [], []
-    for problems, source, most in zip(parsed, sources, (20_000, args.eval_prompts)):
+    many = 20_000, args.eval_prompts
+    for file, problems, source, most in zip(files, parsed, sources, many):
         most = None if args.data else most  # generators may be endless
         for i, item in enumerate(itertools.islice(source, most), 1):
-            with blame(f"{where}, line {i}: no object with prompt and answer"):
+            with blame(f"{file}, line {i}: no object with prompt and answer"):
                 item = json.loads(item) if args.data else item
                 if not isinstance(item, Problem):
                     item = item["prompt"], item["answer"], item.get("solution", "")
@@ -217,8 +220,8 @@ def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
     seen = {str(problem.prompt) for problem in held_out}
     train = [problem for problem in parsed[0] if str(problem.prompt) not in seen]
     if len(train) < args.prompts_per_step or len(held_out) < WORLD_SIZE:
-        fail(f"{where} is too short: {len(train)} problems to train on (a step takes "
-             f"{args.prompts_per_step}) and {len(held_out)} held out")  # fmt: skip
+        fail(f"{' or '.join(files)} is too short: {len(train)} problems to train on, "
+             f"{len(held_out)} held out; a step takes {args.prompts_per_step}")  # fmt: skip
     score(reward, train[:1], [train[0].solution])  # a broken reward ends here
     return train, held_out, reward
 
@@ -229,7 +232,7 @@ def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.
     for i, (problem, text) in enumerate(zip(problems, texts)):
         with blame(f"the reward failed on sample {i}, completion {text!r}"):
             rewards.append(reward(problem, text))
-            if not np.isfinite(rewards[-1]):
+            if np.ndim(rewards[-1]) or not np.isfinite(rewards[-1]):
                 raise ValueError(f"{rewards[-1]} is not a finite number")
     return torch.tensor(rewards, dtype=torch.float32)
 
@@ -628,7 +631,8 @@ def open_run(args: Args, step: int) -> None:
         about = {"python": sys.version, "torch": torch.__version__}
         about |= {"transformers": transformers.__version__, "commit": commit.strip()}
         about |= {"hardware": f"{os.cpu_count()} CPU cores, {gpu}", "args": vars(args)}
-        (run_dir / "args.json").write_text(json.dumps(about, indent=1))
+        (run_dir / "args.new").write_text(json.dumps(about, indent=1))
+        (run_dir / "args.new").replace(run_dir / "args.json")
 
 
 def write_logs(args: Args, metrics: dict, sample: dict) -> None:
@@ -667,6 +671,7 @@ def save_checkpoint(run_dir: Path, step: int, model, tokenizer, optimizer) -> No
                 os.fsync(descriptor)
                 os.close(descriptor)
             if last.exists():
+                shutil.rmtree(old, ignore_errors=True)
                 last.rename(old)
             new.rename(last)
     finally:
@@ -684,7 +689,8 @@ def draw_curve(run_dir: Path) -> None:
         axes.plot(*zip(*points), style, markersize=4, label=name)
     axes.set(xlabel="step", ylabel="reward, pass@k", ylim=(0, None), title=run_dir.name)
     axes.legend()
-    axes.figure.savefig(run_dir / "curve.png", dpi=120)
+    with blame(f"cannot draw {run_dir}/curve.png"):
+        axes.figure.savefig(run_dir / "curve.png", dpi=120)
 
 
 # -------------------------------------- Main ------------------------------------------
@@ -737,6 +743,7 @@ def parse_args() -> Args:
     exists = Path(args.run_dir).exists() and not args.resume
     for wrong, message in (
         (args.group_size < 2, "--group-size must be 2 or more: A compares completions"),
+        (args.eval_data and not args.data, "--eval-data needs --data"),
         (args.clip_low >= 1, "--clip-low must be below 1"),
         (args.device not in found, f"there is no {args.device} here: use --device cpu"),
         (args.prompts_per_step % WORLD_SIZE, "ranks must divide --prompts-per-step"),
@@ -759,7 +766,8 @@ def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, floa
     names = "seconds_rollout", "seconds_score", "seconds_update"
     metrics |= dict(zip(names, np.diff(clock).tolist()))
     tokens = metrics["completion_length"] * len(lengths) * WORLD_SIZE
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak
     metrics["tokens_per_second"] = tokens / (clock[-1] - clock[0])
     return metrics | {"peak_memory_gb": peak / 2**30}

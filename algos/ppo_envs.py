@@ -111,7 +111,7 @@ class Args:
 
 def fail(message: str) -> NoReturn:
     """Stop with one line about what the user can put right, exit code 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
