@@ -220,8 +220,10 @@ def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
     seen = {str(problem.prompt) for problem in held_out}
     train = [problem for problem in parsed[0] if str(problem.prompt) not in seen]
     if len(train) < args.prompts_per_step or len(held_out) < WORLD_SIZE:
-        fail(f"{' or '.join(files)} is too short: {len(train)} problems to train on, "
-             f"{len(held_out)} held out; a step takes {args.prompts_per_step}")  # fmt: skip
+        counts = f"{len(train)} problems to train on, {len(held_out)} held out"
+        fail(
+            f"{' or '.join(files)}: {counts}, and a step takes {args.prompts_per_step}"
+        )
     score(reward, train[:1], [train[0].solution])  # a broken reward ends here
     return train, held_out, reward
 
