@@ -788,10 +788,7 @@ def parse_args() -> Args:
     batch, (size, _) = args.num_envs * args.rollout_length, recipe(args)
     has = f"the batch of --num-envs x --rollout-length = {batch} transitions"
     for wrong, message in (
-        (
-            WORLD_SIZE > 1,
-            "this script is one process: start it with python, not torchrun",
-        ),
+        (WORLD_SIZE > 1, "this script is one process: start it without torchrun"),
         (max(args.gamma, args.gae_lambda) > 1, "--gamma, --gae-lambda: at most 1"),
         (args.clip >= 1, "--clip must be below 1"),
         (args.device not in found, f"there is no {args.device} here: use --device cpu"),
@@ -801,8 +798,8 @@ def parse_args() -> Args:
     ):
         if wrong:
             fail(message)
-    if args.compile == "auto":  # some 12 s, then twice the speed on a CPU
-        pays = args.device == "cuda" or args.steps * batch >= 2**21
+    if args.compile == "auto":  # 12 s, then twice the speed on a CPU
+        pays = args.device == "cuda" or batch >= 2**18
         args.compile = "on" if pays else "off"
     try:
         compiled(torch.neg, args)(torch.zeros(2, device=args.device))

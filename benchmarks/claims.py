@@ -124,7 +124,7 @@ def picture(runs: list[dict], path: Path) -> None:
         end = (steps[-1], middle[-1])
         axes.annotate(name[5:], end, (6, -3), textcoords="offset points")
     axes.set(xlabel="step", ylabel="held-out problems solved (share)", ylim=(0, 1))
-    axes.margins(x=0.12)
+    axes.margins(x=0.16)
     axes.set_title(f"{len(own)} seeds: mean and 95 % interval", fontsize=10)
     figure.savefig(path, dpi=120)
 
