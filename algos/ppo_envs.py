@@ -74,7 +74,7 @@ td.Distribution.set_default_validate_args(False)
 @dataclasses.dataclass
 class Args:
     seed: int = 1  # of the networks, the sampling and the environments
-    steps: int = 40  # batches in the whole run, those before a --resume included
+    steps: int = 80  # batches in the whole run, those before a --resume included
     run_dir: str = ""  # folder of the run (default: runs/ppo_envs/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue, under its own flags
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to act and to learn

@@ -29,7 +29,18 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-ARMS: dict[str, dict[str, list[str]]] = {"grpo": {"default": []}}
+ARMS: dict[str, dict[str, list[str]]] = {
+    "grpo": {"default": []},
+    "ppo_envs": {"default": []},
+}
+METRICS = {
+    "grpo": ("eval/pass@1", "eval/pass@8"),
+    "ppo_envs": ("eval/episode_return",),
+}
+YLABEL = {
+    "grpo": "held-out problems solved (share)",
+    "ppo_envs": "return of 100 evaluation episodes",
+}
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -84,7 +95,7 @@ def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
     return stats.trim_mean(values, 0.25, axis=axis)
 
 
-def table(runs: list[dict]) -> str:
+def table(runs: list[dict], names: tuple[str, ...]) -> str:
     """Markdown: base, trained and gain of each evaluation metric and arm."""
     walls = [run["wall_seconds"] for run in runs if run["wall_seconds"]]
     lines = [
@@ -92,38 +103,41 @@ def table(runs: list[dict]) -> str:
         f"{runs[0]['transformers']}; wall time of a run {min(walls):.0f} to "
         f"{max(walls):.0f} s, nothing cached.",
         "",
-        "| arm | metric | seeds | base | trained | gain | 95 % interval | IQM gain |",
+        "| arm | metric | seeds | base | trained (worst) | gain | 95 % interval | IQM |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for arm in dict.fromkeys(run["arm"] for run in runs):
         own = [run["evals"] for run in runs if run["arm"] == arm]
-        for name in [name for name in own[0][0] if name.startswith("eval/pass")]:
+        for name in names:
             base, trained = (np.array([e[i][name] for e in own]) for i in (0, -1))
+            worst = f"{trained.min():.3f}"
             gain, low, high = interval(trained - base)
             lines.append(
                 f"| {arm} | {name[5:]} | {len(own)} | {base.mean():.3f} | "
-                f"{trained.mean():.3f} | {gain:+.3f} | [{low:+.3f}, {high:+.3f}] | "
+                f"{trained.mean():.3f} ({worst}) | {gain:+.3f} | "
+                f"[{low:+.3f}, {high:+.3f}] | "
                 f"{interquartile_mean(trained - base):+.3f} |"
             )
-    note = "Interval: 95 % percentile bootstrap over seeds of the mean gain of a run."
+    note = "Interval: 95 % percentile bootstrap over seeds of a run's mean gain; IQM: "
+    note += "interquartile mean of the gain."
     return "\n".join([*lines, "", note, ""])
 
 
-def picture(runs: list[dict], path: Path) -> None:
-    """Held-out pass@1 and pass@k against the step: mean over seeds and its interval."""
+def picture(runs: list[dict], names: tuple[str, ...], ylabel: str, path: Path) -> None:
+    """The metrics against the step: mean over seeds and its interval."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.add_subplot()
     own = [run["evals"] for run in runs if run["arm"] == runs[0]["arm"]]
     steps = [line["step"] for line in own[0]]
-    names = [name for name in own[0][0] if name.startswith("eval/pass")]
     for name, style in zip(names, ("o-", "s--", "^:")):
         curves = np.array([[line[name] for line in evals] for evals in own])
         middle, low, high = np.array([interval(column) for column in curves.T]).T
         axes.plot(steps, middle, style, color="black", markersize=4)
         axes.fill_between(steps, low, high, color="black", alpha=0.15, linewidth=0)
         end = (steps[-1], middle[-1])
-        axes.annotate(name[5:], end, (6, -3), textcoords="offset points")
-    axes.set(xlabel="step", ylabel="held-out problems solved (share)", ylim=(0, 1))
+        label = name[5:].replace("_", "\n")
+        axes.annotate(label, end, (6, -3), textcoords="offset points")
+    axes.set(xlabel="step", ylabel=ylabel, ylim=(0, None))
     axes.margins(x=0.16)
     axes.set_title(f"{len(own)} seeds: mean and 95 % interval", fontsize=10)
     figure.savefig(path, dpi=120)
@@ -151,9 +165,10 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     base = RESULTS / args.script
     base.with_suffix(".json").write_text(json.dumps(runs, indent=1) + "\n")
-    base.with_suffix(".md").write_text(table(runs))
-    picture(runs, base.with_suffix(".png"))
-    print(table(runs))
+    names, ylabel = METRICS[args.script], YLABEL[args.script]
+    base.with_suffix(".md").write_text(table(runs, names))
+    picture(runs, names, ylabel, base.with_suffix(".png"))
+    print(table(runs, names))
 
 
 if __name__ == "__main__":
