@@ -33,7 +33,7 @@ steps. The state of gym:<id> is not saved: --resume begins new episodes there.
     python algos/ppo_envs.py --num-envs 1048576 --rollout-length 8 --steps 3
 
 The first solves CartPole-v1: mean return 500 over 100 evaluation episodes with each of
-seeds 1 to 10, after 327,680 transitions, in 12 to 32 seconds on a shared CPU core.
+seeds 1 to 10, after 655,360 transitions and 18 to 21 seconds on 2 CPU cores.
 """
 
 from __future__ import annotations

@@ -98,12 +98,13 @@ def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
 def table(runs: list[dict], names: tuple[str, ...]) -> str:
     """Markdown: base, trained and gain of each evaluation metric and arm."""
     walls = [run["wall_seconds"] for run in runs if run["wall_seconds"]]
+    libraries = [name for name in ("torch", "transformers") if name in runs[0]]
+    versions = [f"{name} {runs[0][name]}" for name in libraries]
     lines = [
-        f"{runs[0]['hardware']}; torch {runs[0]['torch']}, transformers "
-        f"{runs[0]['transformers']}; wall time of a run {min(walls):.0f} to "
-        f"{max(walls):.0f} s, nothing cached.",
+        f"{runs[0]['hardware']}; {', '.join(versions)}; wall time of a run "
+        f"{min(walls):.0f} to {max(walls):.0f} s, nothing cached.",
         "",
-        "| arm | metric | seeds | base | trained (worst) | gain | 95 % interval | IQM |",
+        "| arm | metric | seeds | base | trained, worst | gain | 95 % interval | IQM |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for arm in dict.fromkeys(run["arm"] for run in runs):
@@ -134,8 +135,7 @@ def picture(runs: list[dict], names: tuple[str, ...], ylabel: str, path: Path) -
         middle, low, high = np.array([interval(column) for column in curves.T]).T
         axes.plot(steps, middle, style, color="black", markersize=4)
         axes.fill_between(steps, low, high, color="black", alpha=0.15, linewidth=0)
-        end = (steps[-1], middle[-1])
-        label = name[5:].replace("_", "\n")
+        end, label = (steps[-1], middle[-1]), name[5:] if len(names) > 1 else ""
         axes.annotate(label, end, (6, -3), textcoords="offset points")
     axes.set(xlabel="step", ylabel=ylabel, ylim=(0, None))
     axes.margins(x=0.16)
