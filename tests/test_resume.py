@@ -7,7 +7,6 @@ kills a run 20 times at random moments; pytest does it 4 times.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -165,59 +164,41 @@ def test_second_run_overwrites_the_first(cli, tmp_path):
     assert len(before) == len([p for p in (tmp_path / "run").rglob("*") if p.is_file()])
 
 
-SERVER = """
-import json, os, signal, sys
-import torch
+CHILD = """
+import sys
 sys.path.insert(0, {tests!r})
 from conftest import load_script
 grpo = load_script("grpo")
-model, _ = grpo.load_model({model!r}, grpo.Args(device="cpu"))  # imports what it needs
-model.lm_head.weight.grad = torch.zeros_like(model.lm_head.weight)
-torch.optim.AdamW(model.parameters()).step()
 grpo.draw_curve = lambda run_dir: None  # slow: kills shall hit saves
-for line in sys.stdin:
-    flags, folder = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(100)  # nothing here takes that long
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.chdir(folder)
-        log = os.open("log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        sys.argv = ["grpo.py", *flags]
-        try:
-            grpo.train(grpo.parse_args())
-            os._exit(0)
-        except SystemExit as stop:
-            sys.stdout.flush()
-            os._exit(stop.code)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+grpo.main()
 """
 
 
 class Server:
-    """Starts command lines as processes of their own that one can kill. They are forked
-    from one process that has imported everything: a start takes no 4 seconds."""
+    """Starts command lines as processes of their own that one can kill."""
 
     def __init__(self, folder: Path, model: str):
         """In `folder`, with the model of the folder `model`."""
-        self.folder, self.model, self.child = folder, model, 0
+        self.folder, self.model, self.process = folder, model, None
         (folder / "task.py").write_text(PLUGIN)
-        code = SERVER.format(tests=str(Path(__file__).parent), model=model)
-        kwargs = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen([sys.executable, "-c", code], **kwargs)
+
+    @property
+    def child(self) -> int:
+        """The process id of the command line."""
+        return self.process.pid
 
     def start(self, *flags: str) -> None:
         """Start a command line."""
-        line = json.dumps([[*map(str, flags)], str(self.folder)])
-        print(line, file=self.process.stdin, flush=True)
-        self.child = int(self.process.stdout.readline())
+        code = CHILD.format(tests=str(Path(__file__).parent))
+        command = [sys.executable, "-c", code, *map(str, flags)]
+        with (self.folder / "log").open("w") as log:
+            kwargs = dict(cwd=self.folder, stdout=log, stderr=log)
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(command, env=environment, **kwargs)
 
     def wait(self) -> int:
         """Its exit code; minus the number of the signal that killed it."""
-        return int(self.process.stdout.readline())
+        return self.process.wait(timeout=100)
 
     def until(self, condition) -> None:
         """Wait until the condition holds, at most a minute."""
@@ -232,18 +213,11 @@ class Server:
         os.kill(self.child, number)
         return self.wait()
 
-    def close(self) -> None:
-        """End the server."""
-        self.process.stdin.close()
-        self.process.wait()
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, small_folder):
     """One server for the tests of this file."""
-    server = Server(tmp_path_factory.mktemp("server"), small_folder)
-    yield server
-    server.close()
+    return Server(tmp_path_factory.mktemp("server"), small_folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -275,7 +249,9 @@ def kill_often(server: Server, kills: int, seed: int, report=lambda *_: None) ->
     common = dict(model=server.model, eval_every=100_000)
     server.start(*flags(run_dir=run_dir.name, steps=10_000, save_every=1, **common))
     server.until(last.exists)
+    log, lines = run_dir / "metrics.jsonl", 0
     for i in range(kills):
+        server.until(lambda: log.read_bytes().count(b"\n") > lines)
         time.sleep(rng.uniform(0.0, 0.6))
         os.kill(server.child, signal.SIGKILL)
         code = server.wait()
@@ -285,7 +261,7 @@ def kill_often(server: Server, kills: int, seed: int, report=lambda *_: None) ->
         assert load_file(found / "model.safetensors")
         step = torch.load(found / "state.pt", weights_only=True)["step"]
         assert step >= done
-        done = step
+        done, lines = step, log.read_bytes().count(b"\n")
         report(f"kill {i + 1}: step {step}, {names}")
         steps = 10_000 if i < kills - 1 else done + 2
         server.start("--resume", run_dir.name, "--steps", steps)
@@ -311,7 +287,6 @@ def main() -> None:
         )
         server = Server(Path(folder), small)
         kill_often(server, int(sys.argv[1]), int(time.time()), report=print)
-        server.close()
     print(f"{script_path('grpo')}: equal to the run that was never killed")
 
 
