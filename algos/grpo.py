@@ -68,6 +68,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 OWN = ()  # names whose text may differ from that in the other scripts
+CURVE = "eval/pass@.*|reward_mean"  # metrics that curve.png shows
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -177,6 +178,9 @@ def countdown_reward(problem: Problem, completion: str) -> float:
     return float(pool == [target] and len(completion) <= 20 * len(given))
 
 
+TASKS = {"countdown": (countdown_problems, countdown_reward, 3)}  # with the default size
+
+
 def answer_reward(problem: Problem, completion: str) -> float:
     """For --data: 1.0 if the answer is the text after the last "Answer:" (all the text
     if there is none) or the last number in it, else 0.0."""
@@ -185,36 +189,42 @@ def answer_reward(problem: Problem, completion: str) -> float:
     return float(str(problem.answer).strip() in (text, *numbers[-1:]))
 
 
+def to_problem(item: Problem | dict) -> Problem:
+    """A line of --data, or what a task.py yields, as a Problem."""
+    if isinstance(item, Problem):
+        return item
+    return Problem(item["prompt"], item["answer"], item.get("solution", ""))
+
+
 def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
     """Problems to train on, held-out ones (none in both), reward(problem, text)."""
     where, splits = args.data or args.task, ("train", "eval")
-    files = [where, where]
+    files, (name, _, size) = [where, where], args.task.partition("-")
     if args.data:
         files, sources = [args.data, args.eval_data or args.data], []
         for file in files:
             with blame(f"cannot read {file}"):
                 sources.append(list(Path(file).open(encoding="utf-8")))
         reward = answer_reward
-    elif size := re.fullmatch(r"countdown(?:-([2-9]))?", args.task):
-        n, reward = int(size[1] or 3), countdown_reward
-        sources = [countdown_problems(split, args.seed, n) for split in splits]
+    elif name in TASKS and re.fullmatch("[2-9]?", size):
+        problems, reward, default = TASKS[name]
+        n = int(size or default)
+        sources = [problems(split, args.seed, n) for split in splits]
     elif args.task.endswith(".py"):
         with blame(f"{where} is no task with the functions problems and reward"):
             plugin = runpy.run_path(args.task)
             reward, problems = plugin["reward"], plugin["problems"]
             sources = [iter(problems(split, args.seed)) for split in splits]
     else:
-        fail(f"unknown task {where!r}: give countdown, countdown-4 or a task.py")
+        known = ", ".join(f"{name}, {name}-4" for name in TASKS)
+        fail(f"unknown task {where!r}: give {known} (sizes 2 to 9) or a task.py")
     parsed = [], []
     many = 20_000, args.eval_prompts
     for file, problems, source, most in zip(files, parsed, sources, many):
         most = None if args.data else most  # generators may be endless
         for i, item in enumerate(itertools.islice(source, most), 1):
             with blame(f"{file}, line {i}: no object with prompt and answer"):
-                item = json.loads(item) if args.data else item
-                if not isinstance(item, Problem):
-                    item = item["prompt"], item["answer"], item.get("solution", "")
-                problems.append(Problem(*item))
+                problems.append(to_problem(json.loads(item) if args.data else item))
     held_out = parsed[1][:: 10 if args.data and not args.eval_data else 1]
     held_out = held_out[: args.eval_prompts]
     seen = {str(problem.prompt) for problem in held_out}
@@ -242,8 +252,9 @@ def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.
 # ------------------------------------- Model ------------------------------------------
 
 
-def warm_start(problems: list[Problem], seed: int) -> tuple:
-    """A Qwen3 of 0.8 M parameters, one token a character, trained on worked answers."""
+def warm_start(problems: list[Problem], seed: int, steps: int, width: int) -> tuple:
+    """A Qwen3 (width 128: 0.8 M parameters), one token a character, trained on batches
+    of 64 worked answers; and its tokenizer."""
     special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     characters = [*special.values(), "\n", *map(chr, range(32, 127))]
     vocabulary = {character: i for i, character in enumerate(characters)}
@@ -251,16 +262,16 @@ def warm_start(problems: list[Problem], seed: int) -> tuple:
     backend.decoder = decoders.Fuse()
     special |= dict(tokenizer_object=backend)
     tokenizer = transformers.PreTrainedTokenizerFast(**special)
-    shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4)
-    shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+    shape = dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4)
     shape |= dict(vocab_size=len(characters), max_position_embeddings=512)
     ids = dict(pad_token_id=0, eos_token_id=1, bos_token_id=None)
     config = transformers.Qwen3Config(tie_word_embeddings=True, **shape, **ids)
     torch.manual_seed(seed)
     model = transformers.Qwen3ForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=450)
-    for _ in tqdm(range(450), "warm start, once", leave=False):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in tqdm(range(steps), "warm start, once", leave=False):
         batch = [problems[i] for i in torch.randint(len(problems), (64,))]
         prompts = tokenizer([p.prompt for p in batch])["input_ids"]
         answers = tokenizer([p.solution + "<eos>" for p in batch])["input_ids"]
@@ -275,17 +286,18 @@ def warm_start(problems: list[Problem], seed: int) -> tuple:
     return model, tokenizer
 
 
-def tiny_model(problems: list[Problem], seed: int) -> str:
+def tiny_model(problems: list[Problem], seed: int, steps=450, width=128) -> str:
     """Folder of the warm-started model, cached under a hash of all that defines it."""
     solved = [p for p in problems if isinstance(p.prompt, str) and p.solution]
     if not solved:
         fail("the tiny model needs worked answers to start from: give a --model")
-    code = [inspect.getsource(part) for part in (warm_start, token_logprobs, pad)]
-    defined = [code, solved, seed, torch.__version__, transformers.__version__]
+    parts = warm_start, token_logprobs, last_hidden, pad
+    defined = [[inspect.getsource(part) for part in parts], solved, seed, steps, width]
+    defined += [torch.__version__, transformers.__version__]
     name = f"tiny-{hashlib.sha256(json.dumps(defined).encode()).hexdigest()[:16]}"
     path, new = Path("runs/cache", name), Path("runs/cache", f"{name}.{os.getpid()}")
     if not path.exists() and RANK == 0:
-        for part in warm_start(solved, seed):
+        for part in warm_start(solved, seed, steps, width):
             part.save_pretrained(new)
         with contextlib.suppress(OSError):  # another process was first
             new.rename(path)
@@ -452,15 +464,26 @@ def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> R
 # -------------------------------- Log-probabilities -----------------------------------
 
 
+def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
+    """What the head reads to score the last C columns of tokens (B, T): hidden states
+    (n, D), with gradient, and which n of the (B, C) tokens they predict, bool: those
+    that attention_mask (B, T) has. Columns of nothing but padding are cut off."""
+    used = attention_mask.any(0).nonzero()[:, 0]
+    start, end = int(used[0]), int(used[-1]) + 1
+    scored = attention_mask[:, -completion_length:].bool()
+    width = completion_length - (tokens.shape[1] - end)
+    mask = attention_mask[:, start:end]
+    kwargs = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    output = model.base_model(tokens[:, start:end], use_cache=False, **kwargs)
+    return output.last_hidden_state[:, -1 - width : -1][scored[:, :width]], scored
+
+
 def token_logprobs(
     model, tokens, attention_mask, completion_length: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs (B, C), with gradient, and entropies (B, C) of the last C columns of
-    tokens (B, T), in nats; 0 where attention_mask (B, T) is.
-
-    Columns in which every row is padding are cut off. Logits of at most 2^26 / V tokens
-    exist at once: the backward pass makes them again, chunk by chunk.
-    """
+    tokens (B, T), in nats; 0 where attention_mask (B, T) is. Logits of at most 2^26 / V
+    tokens exist at once: the backward pass makes them again, chunk by chunk."""
     head = model.get_output_embeddings()
 
     def chunk_logprobs(hidden, targets):
@@ -468,15 +491,9 @@ def token_logprobs(
         entropy = -(log_softmax.detach().exp() * log_softmax.detach()).sum(-1)
         return log_softmax.gather(-1, targets[:, None])[:, 0], entropy
 
-    used = attention_mask.any(0).nonzero()[:, 0]
-    start, end, n = int(used[0]), int(used[-1]) + 1, 2**26 // head.weight.shape[0] + 1
-    scored = attention_mask[:, -completion_length:].bool()
-    width = completion_length - (tokens.shape[1] - end)
-    mask = attention_mask[:, start:end]
-    kwargs = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
-    output = model.base_model(tokens[:, start:end], use_cache=False, **kwargs)
-    hidden = output.last_hidden_state[:, -1 - width : -1][scored[:, :width]]  # (n, D)
-    pairs = zip(hidden.split(n), tokens[:, -completion_length:][scored].split(n))
+    hidden, scored = last_hidden(model, tokens, attention_mask, completion_length)
+    targets, n = tokens[:, -completion_length:][scored], 2**26 // head.weight.shape[0]
+    pairs = zip(hidden.split(n + 1), targets.split(n + 1))
     parts = [checkpoint(chunk_logprobs, *pair, use_reentrant=False) for pair in pairs]
     zeros = torch.zeros(scored.shape, device=tokens.device)
     return tuple(zeros.masked_scatter(scored, torch.cat(x)) for x in zip(*parts))
@@ -682,14 +699,15 @@ def save_checkpoint(run_dir: Path, step: int, model, tokenizer, optimizer) -> No
 
 
 def draw_curve(run_dir: Path) -> None:
-    """curve.png: mean reward of each batch and held-out pass@k, from metrics.jsonl."""
+    """curve.png: the metrics whose names match CURVE, from metrics.jsonl."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
     axes = Figure(figsize=(6, 4), layout="constrained").add_subplot()
-    passes = [name for name in records[0] if name.startswith("eval/pass")]
-    for name, style in zip(["reward_mean", *passes], ["-", "o-", "s--"]):
+    names = dict.fromkeys(name for record in records for name in record)
+    names = [name for name in names if re.fullmatch(CURVE, name)]
+    for name, style in zip(names, ["o-", "s--", "-", ":"]):
         points = [(r["step"], r[name]) for r in records if name in r]
         axes.plot(*zip(*points), style, markersize=4, label=name)
-    axes.set(xlabel="step", ylabel="reward, pass@k", ylim=(0, None), title=run_dir.name)
+    axes.set(xlabel="step", ylim=(0, None), title=run_dir.name)
     axes.legend()
     with blame(f"cannot draw {run_dir}/curve.png"):
         axes.figure.savefig(run_dir / "curve.png", dpi=120)
@@ -710,6 +728,25 @@ def read_flags(default: Args | None = None) -> Args:
         raise
 
 
+def check(args: Args) -> None:
+    """Refuse flags that cannot be, and fill in --learning-rate."""
+    may_be_0 = "seed", "warmup_steps", "kl_coef", "clip_low", "clip_high"
+    for name, value in vars(args).items():
+        number, zero = type(value) in (int, float), value == 0 and name in may_be_0
+        if number and not (zero or 0 < value < math.inf):  # nan is neither
+            fail(f"--{name.replace('_', '-')} is {value}: it must be above 0")
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if args.model == "tiny" else 1e-6
+    for wrong, message in (
+        (args.group_size < 2, "--group-size must be 2 or more: A compares completions"),
+        (args.eval_data and not args.data, "--eval-data needs --data"),
+        (args.clip_low >= 1, "--clip-low must be below 1"),
+        (args.prompts_per_step % WORLD_SIZE, "ranks must divide --prompts-per-step"),
+    ):
+        if wrong:
+            fail(message)
+
+
 def parse_args() -> Args:
     """The flags, checked and completed; those of the run itself if one is resumed."""
     args = read_flags()
@@ -728,31 +765,18 @@ def parse_args() -> Args:
                 fail(f"{flag} contradicts the run in {args.resume}: it has {value!r}")
         if args.steps <= done:
             fail(f"{args.resume} is at step {done} already: give more --steps")
-    may_be_0 = "seed", "warmup_steps", "kl_coef", "clip_low", "clip_high"
-    for name, value in vars(args).items():
-        number, zero = type(value) in (int, float), value == 0 and name in may_be_0
-        if number and not (zero or 0 < value < math.inf):  # nan is neither
-            fail(f"--{name.replace('_', '-')} is {value}: it must be above 0")
     now = time.strftime("%Y%m%d-%H%M%S")
-    args.run_dir = args.run_dir or f"runs/grpo/{now}-s{args.seed}"
+    args.run_dir = args.run_dir or f"runs/{Path(__file__).stem}/{now}-s{args.seed}"
     found = [x for x in ("cuda", "mps") if getattr(torch, x).is_available()] + ["cpu"]
     if args.device == "auto":
         args.device = found[0]
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device == "cuda" else "float32"
-    if args.learning_rate is None:
-        args.learning_rate = 1e-4 if args.model == "tiny" else 1e-6
-    exists = Path(args.run_dir).exists() and not args.resume
-    for wrong, message in (
-        (args.group_size < 2, "--group-size must be 2 or more: A compares completions"),
-        (args.eval_data and not args.data, "--eval-data needs --data"),
-        (args.clip_low >= 1, "--clip-low must be below 1"),
-        (args.device not in found, f"there is no {args.device} here: use --device cpu"),
-        (args.prompts_per_step % WORLD_SIZE, "ranks must divide --prompts-per-step"),
-        (exists, f"{args.run_dir} exists: give another --run-dir, or --resume it"),
-    ):
-        if wrong:
-            fail(message)
+    if args.device not in found:
+        fail(f"there is no {args.device} here: use --device cpu")
+    if Path(args.run_dir).exists() and not args.resume:
+        fail(f"{args.run_dir} exists: give another --run-dir, or --resume it")
+    check(args)
     return args
 
 
