@@ -178,7 +178,7 @@ def countdown_reward(problem: Problem, completion: str) -> float:
     return float(pool == [target] and len(completion) <= 20 * len(given))
 
 
-TASKS = {"countdown": (countdown_problems, countdown_reward, 3)}  # with the default size
+TASKS = {"countdown": (countdown_problems, countdown_reward, 3)}  # 3: default size
 
 
 def answer_reward(problem: Problem, completion: str) -> float:
