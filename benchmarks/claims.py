@@ -1,46 +1,278 @@
-"""Measure what the README claims of a script: its arms, over seeds, as a user runs it.
+"""Test what the papers claim: the arms of a script over seeds, as a user runs them.
 
-    python benchmarks/claims.py grpo --seeds 5
+    python benchmarks/claims.py grpo --seeds 5 --jobs 2
+    python benchmarks/claims.py all --quick        (two seeds, never published)
 
-Every run is `python algos/<script>.py` in an empty folder of its own (nothing cached,
-nothing imported from the script) under --work. A finished run is not run again and an
-interrupted one is resumed. Written: benchmarks/results/<script>.json with all flags,
-versions, hardware, commit and evaluations of every run, and from it <script>.md and
-<script>.png.
+Writes benchmarks/results/<script>.json, one run a line, and the pages that report.py
+makes of it; benchmarks/readme.py takes them over into README.md.
 
-An interval is the 95 % percentile bootstrap over seeds (10,000 resamples) of the mean;
-IQM is the interquartile mean, the mean of the middle half.
+Runs. Every run is a process of the script's own command line; nothing is imported. It
+stands in <work>/<script>/s<seed>/, with that seed's runs/cache (base models, teachers,
+traces), which the arms share. What is finished is not run again, what was interrupted
+goes on by --resume. Of the arms, the first is run for all seeds before the others, so
+that the caches are made once. A record says whether a run added to its cache
+(cache_warm: false), because that is in its wall time.
+
+Identity. A run is known by its flags, its seed, the versions of torch and transformers
+and the hash of the program's syntax tree, which comments, docstrings and layout do not
+change. One that stands in benchmarks/results/<script>.json under the same identity is
+not run again either, on whichever day or machine it was made. Those of another
+identity are dropped when results are written, unless --keep-old is given: then they
+count as if they were of today, and the page lists every hash it is made of.
+
+Statistics. Per arm the interquartile mean over seeds (IQM) with its 95 % bootstrap
+interval. Arms share seeds, thus base model and problems, so two arms are compared by
+the IQM of their differences seed by seed. Probability of improvement: that a run of A
+is better than a run of B, ties counting half.
+
+Verdicts are computed, from the 95 % interval (low, high) of the paired difference A - B
+(for lower and not-higher: B - A), in this order; nobody edits them:
+
+    not measured     no seed has run both arms
+    inconclusive     fewer than 5 seeds have
+    higher, lower           replicated      low > 0
+                            not replicated  high < 0, or -margin < low and high < margin
+    not-lower, not-higher   replicated      low > -margin    (no fall by margin or more)
+                            not replicated  high < 0         (a fall, maybe by margin)
+    equal                   replicated      -margin < low and high < margin
+                            not replicated  low > margin or high < -margin
+    inconclusive     everything else
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import fcntl
+import hashlib
+import itertools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-from matplotlib.figure import Figure
-from scipy import stats
+import report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-ARMS: dict[str, dict[str, list[str]]] = {
-    "grpo": {"default": []},
-    "ppo_envs": {"default": []},
+PACKAGES = "torch", "transformers", "trl"
+INSTALLED = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
+RUNNING: list[subprocess.Popen] = []
+
+# ------------------------------- What is to be tested ---------------------------------
+
+ARMS: dict[str, dict[str, str]] = {  # name: flags; the first arm fills the caches
+    "grpo": {
+        "default": "",
+        "updates-2": "--updates-per-batch 2",
+        "updates-4": "--updates-per-batch 4",
+        "sequence": "--normalization sequence",
+        "constant": "--normalization constant",
+        "no-std": "--advantage-scale none",
+        "trl": "",
+    },
+    "vopd": {
+        "default": "",
+        "sampled": "--estimator sampled",
+        "full": "--estimator full",
+        "vopd-topk": "--estimator vopd-topk",
+        "topk": "--estimator topk",
+        "clip": "--estimator clip",
+    },
+    "dmpo": {
+        "default": "",
+        "grpo": "--dm-coef 0",
+        "dm-only": "--dm-only",
+        "forward-kl": "--dm-divergence forward-kl",
+    },
+    "prefixrl": {
+        "default": "",
+        "rl": "--prefixes-per-problem 0",
+        "rl-64": "--prefixes-per-problem 0 --group-size 64 --prompts-per-step 8",
+        "sft-rl": "--prefixes-per-problem 0 --sft-epochs 3",
+        "off-policy": "--off-policy",
+        "prefixed-only": "--plain-share 0",
+        "only-10-40": "--plain-share 0 --prefix-low 0.1 --prefix-high 0.4",
+        "only-80-95": "--plain-share 0 --prefix-low 0.8 --prefix-high 0.95",
+        "half-plain": "--plain-share 0.5",
+    },
+    "ppo_envs": {"default": ""},
 }
-METRICS = {
-    "grpo": ("eval/pass@1", "eval/pass@8"),
-    "ppo_envs": ("eval/episode_return",),
+OTHER_PROGRAM = {"trl": "benchmarks/trl_grpo.py"}  # arms that run it, with the same CLI
+QUICK = {"grpo": "updates-2", "vopd": "sampled", "dmpo": "grpo", "prefixrl": "rl"}
+METRICS = {  # of the arms' table, on held-out problems, or on hard training problems
+    "grpo": "eval/pass@1 eval/pass@8",
+    "vopd": "eval/pass@1 eval/pass@8 eval/reverse_kl",
+    "dmpo": "eval/sr eval/qr eval/qr@16 eval/distinct_feasible eval/distinct_optimal "
+    "eval/entropy",
+    "prefixrl": "eval/hard_pass@1 eval/hard_pass@8 eval/pass@1 eval/pass@8",
+    "ppo_envs": "eval/episode_return",
 }
-YLABEL = {
-    "grpo": "held-out problems solved (share)",
-    "ppo_envs": "return of 100 evaluation episodes",
+PAPERS = {
+    "DeepSeekMath": "arXiv 2402.03300",
+    "Dr. GRPO": "arXiv 2503.20783",
+    "TRL": "huggingface/trl",
+    "vOPD": "arXiv 2605.07865",
+    "DMPO": "arXiv 2605.19461",
+    "PrefixRL": "arXiv 2601.18795",
+    "PPO": "arXiv 1707.06347",
 }
+
+
+class Claim(NamedTuple):
+    """Arm A against arm B, or against "base": A's own first evaluation. `at` says when:
+    end: at the last evaluation; every: at each one (the interval spans all of them);
+    flops: at the smaller total FLOPs of the two runs, between evaluations on the line
+    through them; flops/2: A at half of B's total FLOPs, B at its end."""
+
+    text: str  # paper: what it claims, in our words
+    metric: str  # "x-y" is the difference of two metrics
+    a: str
+    b: str
+    kind: str
+    margin: float
+    at: str
+
+
+def claim(text: str, spec: str, at: str = "end") -> Claim:
+    """A Claim from "metric A B kind margin"."""
+    metric, a, b, kind, margin = spec.split()
+    return Claim(text, metric, a, b, kind, float(margin), at)
+
+
+CLAIMS = {
+    "grpo": [
+        claim("DeepSeekMath: held-out pass@1 rises",
+              "eval/pass@1 default base higher 0.02"),
+        claim("DeepSeekMath: held-out pass@8 does not fall",
+              "eval/pass@8 default base not-lower 0.02"),
+        claim("DeepSeekMath: two updates on a batch learn faster than one",
+              "eval/pass@1 updates-2 default higher 0.02"),
+        claim("DeepSeekMath: four updates on a batch learn faster than one",
+              "eval/pass@1 updates-4 default higher 0.02"),
+        claim("Dr. GRPO: means per sequence make wrong answers longer",
+              "samples/wrong_length sequence constant higher 0.5"),
+        claim("Dr. GRPO: a constant denominator costs no accuracy",
+              "eval/pass@1 constant sequence not-lower 0.02"),
+        claim("Dr. GRPO: not dividing by the std costs no accuracy",
+              "eval/pass@1 no-std default not-lower 0.02"),
+        claim("TRL: its trainer has the same learning curve",
+              "eval/pass@1 default trl equal 0.05", "every"),
+    ],
+    "vopd": [
+        claim("vOPD: distillation lowers the reverse KL",
+              "eval/reverse_kl default base lower 0.02"),
+        claim("vOPD: distillation raises the student's pass@1",
+              "eval/pass@1 default base higher 0.02"),
+        claim("vOPD: the baseline ends at a lower reverse KL than none",
+              "eval/reverse_kl default sampled lower 0.02"),
+        claim("vOPD: the baseline ends at a higher pass@1 than none",
+              "eval/pass@1 default sampled higher 0.02"),
+        claim("vOPD: its reverse KL is no worse than the full estimator's",
+              "eval/reverse_kl default full not-higher 0.02"),
+        claim("vOPD: its pass@1 is no worse than the full estimator's",
+              "eval/pass@1 default full not-lower 0.02"),
+        claim("vOPD: a top-k baseline costs no reverse KL",
+              "eval/reverse_kl vopd-topk default not-higher 0.02"),
+        claim("vOPD: a top-k baseline costs no pass@1",
+              "eval/pass@1 vopd-topk default not-lower 0.02"),
+        claim("vOPD: the top-k objective is biased: its reverse KL ends higher",
+              "eval/reverse_kl topk full higher 0.02"),
+    ],
+    "dmpo": [
+        claim("DMPO: the quality ratio is above GRPO's",
+              "eval/qr default grpo higher 0.02"),
+        claim("DMPO: more answers are feasible than with GRPO",
+              "eval/sr default grpo higher 0.02"),
+        claim("DMPO: the best of 16 answers is better than GRPO's",
+              "eval/qr@16 default grpo higher 0.02"),
+        claim("DMPO: 16 samples in place of 1 gain more than with GRPO",
+              "eval/qr@16-eval/qr@1 default grpo higher 0.02"),
+        claim("DMPO: more distinct feasible answers among 16 than with GRPO",
+              "eval/distinct_feasible default grpo higher 0.25"),
+        claim("DMPO: more distinct optimal answers among 16 than with GRPO",
+              "eval/distinct_optimal default grpo higher 0.1"),
+        claim("DMPO: entropy stays above GRPO's",
+              "eval/entropy default grpo higher 0.02"),
+        claim("DMPO: forward KL is as good as the square (argued, not run there)",
+              "eval/qr forward-kl default not-lower 0.02"),
+    ],
+    "prefixrl": [
+        claim("PrefixRL: solves more hard problems than RL at equal FLOPs",
+              "eval/hard_pass@1 default rl higher 0.02", "flops"),
+        claim("PrefixRL: solves more than RL with 64 samples at equal FLOPs",
+              "eval/hard_pass@1 default rl-64 higher 0.02", "flops"),
+        claim("PrefixRL: solves more than SFT, then RL, at equal FLOPs",
+              "eval/hard_pass@1 default sft-rl higher 0.02", "flops"),
+        claim("PrefixRL: solves more than off-policy RL at equal FLOPs",
+              "eval/hard_pass@1 default off-policy higher 0.02", "flops"),
+        claim("PrefixRL: half the FLOPs of SFT, then RL, solve as many",
+              "eval/hard_pass@1 default sft-rl not-lower 0.02", "flops/2"),
+        claim("PrefixRL: 40-80 % prefixes alone teach the plain problems",
+              "eval/hard_pass@1 prefixed-only base higher 0.02"),
+        claim("PrefixRL: 10-40 % prefixes alone teach the plain problems",
+              "eval/hard_pass@1 only-10-40 base higher 0.02"),
+        claim("PrefixRL: 80-95 % prefixes alone teach the plain problems",
+              "eval/hard_pass@1 only-80-95 base higher 0.02"),
+    ],
+    "ppo_envs": [
+        claim("PPO: learns CartPole",
+              "eval/episode_return default base higher 10"),
+    ],
+}  # fmt: skip
+EXPLANATIONS: dict[str, str] = {}  # text of a claim: what was tried when it fails
+
+# -------------------------------------- Runs ------------------------------------------
+
+
+def programs(script: str, arm: str) -> list[Path]:
+    """The program of an arm, and what else its results depend on."""
+    own = ROOT / "algos" / f"{script}.py"
+    return [ROOT / OTHER_PROGRAM[arm], own] if arm in OTHER_PROGRAM else [own]
+
+
+def skeleton(node) -> object:
+    """A syntax tree as lists, without docstrings, the same in each Python version."""
+    if isinstance(node, list):
+        return [
+            skeleton(x)
+            for x in node
+            if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))
+        ]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [pair for pair in ast.iter_fields(node) if pair[1] not in (None, [])]
+    return [type(node).__name__, *([name, skeleton(value)] for name, value in fields)]
+
+
+def code_hash(sources: list[str]) -> str:
+    """Hash of Python programs that comments, docstrings and layout do not change."""
+    trees = [skeleton(ast.parse(source)) for source in sources]
+    return hashlib.sha256(json.dumps(trees).encode()).hexdigest()[:16]
+
+
+def code_now(script: str, arm: str) -> str:
+    """Hash of an arm's program as it stands on the disk."""
+    return code_hash([path.read_text() for path in programs(script, arm)])
+
+
+def quick_flags(script: str, flags: list[str]) -> list[str]:
+    """Flags for a tenth of the steps of the script's Args, and small evaluations."""
+    tree = ast.parse(programs(script, "")[0].read_text())
+    fields = {getattr(node, "name", ""): node for node in tree.body}["Args"].body
+    own = {x.target.id: x.value for x in fields if isinstance(x, ast.AnnAssign)}
+    steps = max(1, own["steps"].value // 10)
+    small = {"steps": steps, "eval_every": steps, "save_every": steps}
+    small |= {"eval_prompts": 32, "eval_episodes": 10}
+    pairs = [(f"--{k.replace('_', '-')}", str(v)) for k, v in small.items() if k in own]
+    return [*flags, *(word for words in pairs for word in words)]
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -49,127 +281,185 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def run(script: str, arm: str, flags: list[str], seed: int, work: Path) -> dict:
-    """One run, from its start, its checkpoint or its end, whichever it has reached."""
-    home = work / script / f"{arm}-s{seed}"
+def evaluations(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl with an evaluation; [] if the last step has none yet.
+    Added: the mean length of the wrong answers logged in samples.jsonl since the one
+    before (one group a step; metrics.jsonl has only the mean length of all answers)."""
+    about, lines = folder / "args.json", read_lines(folder / "metrics.jsonl")
+    evals = [x for x in lines if any(name.startswith("eval/") for name in x)]
+    steps = json.loads(about.read_text())["args"]["steps"] if about.exists() else 0
+    if not evals or evals[-1]["step"] < steps:
+        return []
+    samples = [x for x in read_lines(folder / "samples.jsonl") if "completions" in x]
+    for last, line in itertools.pairwise(evals):
+        since = [x for x in samples if last["step"] < x["step"] <= line["step"]]
+        pairs = [y for x in since for y in zip(x["completions"], x["rewards"])]
+        if wrong := [len(text) for text, reward in pairs if reward < 1]:
+            line["samples/wrong_length"] = sum(wrong) / len(wrong)
+    return evals
+
+
+def run(job: dict, work: Path, threads: int) -> dict:
+    """The record of a run, taken up at its start, its last checkpoint or its end."""
+    home = work / job["script"] / f"s{job['seed']}"
     home.mkdir(parents=True, exist_ok=True)
-    folder, seconds = home / "run", home / "seconds.json"
-    if not seconds.exists():
-        command = [sys.executable, ROOT / "algos" / f"{script}.py", "--seed", str(seed)]
-        resumed = any(folder.glob("checkpoint*/state.pt"))
-        if resumed:
-            command = [*command[:2], "--resume", folder]
-        else:
-            for leftover in (folder, home / "runs"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            command += ["--run-dir", folder, *flags]
-        start = time.perf_counter()
-        with (home / "log").open("a") as log:
-            subprocess.run(command, cwd=home, stdout=log, stderr=log, check=True)
-        took = time.perf_counter() - start
-        seconds.write_text(json.dumps(None if resumed else took))
-    record = json.loads((folder / "args.json").read_text())
-    record["args"].pop("run_dir")
-    evals = [
-        {key: line[key] for key in line if key == "step" or key.startswith("eval/")}
-        for line in read_lines(folder / "metrics.jsonl")
-        if any(key.startswith("eval/") for key in line)
+    known = json.dumps([job["flags"], job["code"], INSTALLED], sort_keys=True)
+    name = f"{job['arm']}-{hashlib.sha256(known.encode()).hexdigest()[:8]}"
+    folder, measured = home / name, home / f"{name}.json"
+    with (home / f"{name}.lock").open("w") as lock:
+        try:  # the process holds it too, if it outlives us
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ChildProcessError(f"another process is at {folder}") from None
+        if not evaluations(folder):
+            states = [folder / f"checkpoint{x}" / "state.pt" for x in ("", ".old")]
+            flags = ["--resume", name]
+            if not (resumed := any(state.exists() for state in states)):
+                shutil.rmtree(folder, ignore_errors=True)
+                flags = ["--run-dir", name, "--seed", str(job["seed"]), *job["flags"]]
+            cached = sorted(home.glob("runs/cache/*"))
+            command = [sys.executable, programs(job["script"], job["arm"])[0], *flags]
+            if job["code"] != code_now(job["script"], job["arm"]):
+                raise ChildProcessError("the program was edited meanwhile: start again")
+            start = time.perf_counter()
+            with (home / f"{name}.log").open("a") as log:
+                out = dict(cwd=home, stdout=log, stderr=log, start_new_session=True)
+                out["env"] = os.environ | {"OMP_NUM_THREADS": str(threads)}
+                process = subprocess.Popen(command, pass_fds=[lock.fileno()], **out)
+                RUNNING.append(process)
+                code = process.wait()
+                RUNNING.remove(process)
+            if code or not evaluations(folder):
+                raise ChildProcessError(f"exit code {code}; see {log.name}")
+            took = {"wall_seconds": time.perf_counter() - start, "threads": threads}
+            took["cache_warm"] = cached == sorted(home.glob("runs/cache/*"))
+            measured.write_text(json.dumps({} if resumed else took))
+    about = json.loads((folder / "args.json").read_text())
+    for name in ("run_dir", "resume"):
+        about["args"].pop(name, None)
+    record = {name: job[name] for name in ("arm", "flags", "seed", "code")}
+    record |= {"wall_seconds": None, "threads": None, "cache_warm": None}
+    record |= json.loads(measured.read_text()) if measured.exists() else {}
+    return record | about | {"evals": evaluations(folder)}
+
+
+def valid(record: dict, jobs: list[dict], keep_old: bool) -> bool:
+    """Is the record what running its arm now would give?"""
+    compared = ("arm", "flags") if keep_old else ("arm", "flags", "code")
+    same = any(all(record[x] == job[x] for x in compared) for job in jobs)
+    known = [name for name in PACKAGES if name in record and name in INSTALLED]
+    return same and (keep_old or all(record[x] == INSTALLED[x] for x in known))
+
+
+def measure(script: str, args: argparse.Namespace) -> int:
+    """Run what is missing, write results after each run; how many runs failed."""
+    out, jobs = RESULTS, []
+    arms = {k: v for k, v in ARMS[script].items() if programs(script, k)[0].exists()}
+    for arm, text in arms.items():
+        job = {"script": script, "arm": arm, "flags": text.split()}
+        jobs.append(job | {"code": code_now(script, arm)})
+    wanted = list(arms)
+    if args.quick:
+        out, wanted = args.work / "results", ["default", QUICK.get(script)]
+        for job in jobs:
+            job["flags"] = quick_flags(script, job["flags"])
+    wanted = args.arms.split(",") if args.arms else wanted
+    path = out / f"{script}.json"
+    found = json.loads(path.read_text()) if path.exists() else []
+    runs = [record for record in found if valid(record, jobs, args.keep_old)]
+    if len(runs) < len(found):
+        n = len(found) - len(runs)
+        print(f"{script}: {n} runs of other code, flags or versions do not count")
+    done = {(x["arm"], x["seed"]) for x in runs}
+    todo = [
+        job | {"seed": seed}
+        for seed in range(1, args.seeds + 1)
+        for job in jobs
+        if job["arm"] in wanted and (job["arm"], seed) not in done
     ]
-    wall = json.loads(seconds.read_text())
-    return {"arm": arm, "seed": seed, **record, "wall_seconds": wall, "evals": evals}
+    todo.sort(key=lambda job: job["arm"] != next(iter(arms)))  # first fill the caches
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    failed, start = 0, time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        waiting = {pool.submit(run, job, args.work, threads): job for job in todo}
+        try:
+            for i, future in enumerate(as_completed(waiting), 1):
+                job = waiting[future]
+                if error := future.exception():
+                    failed += 1
+                    print(f"{script} {job['arm']} s{job['seed']} failed: {error}")
+                else:
+                    runs.append(future.result())
+                    write(runs, path)
+                left = (time.perf_counter() - start) / i * (len(todo) - i) / 60
+                state = f"{job['arm']} s{job['seed']}, about {left:.0f} min left"
+                print(f"{script}: {i} of {len(todo)} runs, {state}", flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in RUNNING:  # they finish their step and save
+                process.send_signal(signal.SIGINT)
+            raise
+    if runs:
+        write(runs, path)
+        write_pages(path)
+        print(path.with_suffix(".md").read_text())
+    return failed
 
 
-def interval(values: np.ndarray, statistic=np.mean) -> tuple[float, float, float]:
-    """The statistic and its 95 % bootstrap interval over the runs."""
-    if len(values) < 2 or np.ptp(values) == 0:
-        return (float(statistic(values)),) * 3
-    draw = stats.bootstrap(
-        (values,), statistic, n_resamples=10_000, method="percentile", rng=0
-    )
-    low, high = draw.confidence_interval
-    return float(statistic(values)), float(low), float(high)
+def write(runs: list[dict], path: Path) -> None:
+    """One run a line, in the order of the arms."""
+    order = list(ARMS[path.stem])
+    runs.sort(key=lambda run: (order.index(run["arm"]), run["seed"]))
+    text = ",\n".join(json.dumps(run) for run in runs)
+    path.with_suffix(".new").write_text(f"[\n{text}\n]\n")
+    path.with_suffix(".new").replace(path)
 
 
-def interquartile_mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Mean of the middle half of the values."""
-    return stats.trim_mean(values, 0.25, axis=axis)
+def write_pages(path: Path) -> None:
+    """<script>.md and the pictures beside <script>.json."""
+    script, runs = path.stem, json.loads(path.read_text())
+    path.with_suffix(".md").write_text(page(script, runs))
+    report.draw(script, runs, path)
 
 
-def table(runs: list[dict], names: tuple[str, ...]) -> str:
-    """Markdown: base, trained and gain of each evaluation metric and arm."""
-    walls = [run["wall_seconds"] for run in runs if run["wall_seconds"]]
-    libraries = [name for name in ("torch", "transformers") if name in runs[0]]
-    versions = [f"{name} {runs[0][name]}" for name in libraries]
-    lines = [
-        f"{runs[0]['hardware']}; {', '.join(versions)}; wall time of a run "
-        f"{min(walls):.0f} to {max(walls):.0f} s, nothing cached.",
-        "",
-        "| arm | metric | seeds | base | trained, worst | gain | 95 % interval | IQM |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for arm in dict.fromkeys(run["arm"] for run in runs):
-        own = [run["evals"] for run in runs if run["arm"] == arm]
-        for name in names:
-            base, trained = (np.array([e[i][name] for e in own]) for i in (0, -1))
-            worst = f"{trained.min():.3f}"
-            gain, low, high = interval(trained - base)
-            lines.append(
-                f"| {arm} | {name[5:]} | {len(own)} | {base.mean():.3f} | "
-                f"{trained.mean():.3f} ({worst}) | {gain:+.3f} | "
-                f"[{low:+.3f}, {high:+.3f}] | "
-                f"{interquartile_mean(trained - base):+.3f} |"
-            )
-    note = "Interval: 95 % percentile bootstrap over seeds of a run's mean gain; IQM: "
-    note += "interquartile mean of the gain."
-    return "\n".join([*lines, "", note, ""])
+def page(script: str, runs: list[dict]) -> str:
+    """The text of <script>.md."""
+    tables = METRICS[script].split(), CLAIMS[script], PAPERS, EXPLANATIONS
+    return report.page(script, runs, *tables)
 
 
-def picture(runs: list[dict], names: tuple[str, ...], ylabel: str, path: Path) -> None:
-    """The metrics against the step: mean over seeds and its interval."""
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.add_subplot()
-    own = [run["evals"] for run in runs if run["arm"] == runs[0]["arm"]]
-    steps = [line["step"] for line in own[0]]
-    for name, style in zip(names, ("o-", "s--", "^:")):
-        curves = np.array([[line[name] for line in evals] for evals in own])
-        middle, low, high = np.array([interval(column) for column in curves.T]).T
-        axes.plot(steps, middle, style, color="black", markersize=4)
-        axes.fill_between(steps, low, high, color="black", alpha=0.15, linewidth=0)
-        end, label = (steps[-1], middle[-1]), name[5:] if len(names) > 1 else ""
-        axes.annotate(label, end, (6, -3), textcoords="offset points")
-    axes.set(xlabel="step", ylabel=ylabel, ylim=(0, None))
-    axes.margins(x=0.16)
-    axes.set_title(f"{len(own)} seeds: mean and 95 % interval", fontsize=10)
-    figure.savefig(path, dpi=120)
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 1 if a run failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("script", choices=sorted(ARMS))
+    parser.add_argument("script", choices=[*ARMS, "all"])
     parser.add_argument("--seeds", type=int, default=5, help="seeds 1..N of each arm")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--arms", default="", help="only these: default,sampled")
+    parser.add_argument("--quick", action="store_true", help="2 seeds, a tenth of it")
+    parser.add_argument("--keep-old", action="store_true", help="old code counts too")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "claims")
-    args = parser.parse_args()
-    jobs = [
-        (args.script, arm, flags, seed, args.work.resolve())
-        for seed in range(1, args.seeds + 1)
-        for arm, flags in ARMS[args.script].items()
-    ]
-    runs, start = [], time.perf_counter()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for i, record in enumerate(pool.map(lambda job: run(*job), jobs), 1):
-            runs.append(record)
-            gone = time.perf_counter() - start
-            left = gone / i * (len(jobs) - i) / 60
-            print(f"{i} of {len(jobs)} runs, about {left:.0f} min left", flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    base = RESULTS / args.script
-    base.with_suffix(".json").write_text(json.dumps(runs, indent=1) + "\n")
-    names, ylabel = METRICS[args.script], YLABEL[args.script]
-    base.with_suffix(".md").write_text(table(runs, names))
-    picture(runs, names, ylabel, base.with_suffix(".png"))
-    print(table(runs, names))
+    args = parser.parse_args(argv)
+    scripts = list(ARMS) if args.script == "all" else [args.script]
+    for name in [x for x in args.arms.split(",") if x]:
+        if not any(name in ARMS[script] for script in scripts):
+            parser.error(f"{args.script} has no arm {name!r}")
+    args.work = args.work.resolve()
+    if args.quick:
+        args.seeds, args.work = 2, args.work / "quick"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    failed = 0
+    try:
+        for script in scripts:
+            if programs(script, "default")[0].exists():
+                failed += measure(script, args)
+            else:
+                print(f"{script}: there is no algos/{script}.py yet")
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on", file=sys.stderr)
+        return 130
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

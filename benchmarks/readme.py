@@ -1,0 +1,134 @@
+"""Write what README.md says of results, and the result pages, from the JSON files.
+
+    python benchmarks/readme.py           (rewrite)
+    python benchmarks/readme.py --check   (exit code 1 if a rewrite would change a text)
+
+Rewritten is what stands in README.md between <!-- KIND:SCRIPT --> and <!-- end -->:
+
+    cell      one line for the table of algorithms
+    results   the default arm's metrics and the verdicts of the claims
+    picture   benchmarks/results/<script>.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+
+import claims
+import report
+
+COMMANDS = {"ppo_envs": "ppo_envs --seeds 10"}  # others: 5 seeds
+CELLS = {  # of the metric: its gain or its end; seeds, worst seed, wall time
+    "grpo": ("eval/pass@1", "Countdown, held-out pass@1 {gain}, {seeds} seeds"),
+    "vopd": (
+        "eval/pass@1",
+        "Countdown, student's held-out pass@1 {gain}, {seeds} seeds",
+    ),
+    "dmpo": ("eval/qr@16", "quality ratio, best of 16: {gain}, {seeds} seeds"),
+    "prefixrl": ("eval/hard_pass@1", "hard Countdown, pass@1 {gain}, {seeds} seeds"),
+    "ppo_envs": (
+        "eval/episode_return",
+        "CartPole-v1, mean return of 100 episodes at least {low:.0f} with each of "
+        "{seeds} seeds",
+    ),
+}
+NOT_YET = "not measured yet"
+MARKED = re.compile(r"(<!-- (cell|results|picture):(\w+) -->)(.*?)(<!-- end -->)", re.S)
+
+
+def read(script: str) -> list[dict]:
+    """The committed runs; none if nothing has been measured."""
+    path = claims.RESULTS / f"{script}.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def cell(script: str, runs: list[dict]) -> str:
+    """A line about the default arm."""
+    metric, text = CELLS[script]
+    own = [report.curve(run, metric)[1] for run in runs if run["arm"] == "default"]
+    if not own or not all(map(len, own)):
+        return NOT_YET
+    gain = report.spread([values[-1] - values[0] for values in own], "+")
+    return text.format(gain=gain, seeds=len(own), low=min(v[-1] for v in own))
+
+
+def picture(script: str, runs: list[dict]) -> str:
+    """The picture, if there is one."""
+    path = claims.RESULTS / f"{script}.png"
+    link = path.relative_to(claims.ROOT).as_posix()
+    what = ", ".join(claims.METRICS[script].replace("eval/", "").split())
+    shown = f"![{script}: {what} over training]({link})" if path.exists() else NOT_YET
+    return f"\n{shown}\n"  # Markdown takes a line that begins with a comment as HTML
+
+
+def results(script: str, runs: list[dict]) -> str:
+    """The default arm's metrics, then each claim that was measured."""
+    if not runs:
+        return f"\n{NOT_YET}\n"
+    where = (claims.RESULTS / script).relative_to(claims.ROOT).as_posix()
+    command = (
+        f"python benchmarks/claims.py {COMMANDS.get(script, f'{script} --seeds 5')}"
+    )
+    intro = f"`{command}`: {report.made_of(runs)}. [All arms and claims, definitions]"
+    intro += f"({where}.md), [every run]({where}.json)."
+    own = [run for run in runs if run["arm"] == "default"]
+    arms = report.arm_table(own, claims.METRICS[script].split())
+    judged = [(c, report.judge(runs, c)) for c in claims.CLAIMS[script]]
+    rows = []
+    for claim, found in judged:
+        if found["seeds"]:
+            gap = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found)
+            text = f"{claim.text} ({claim.a} - {claim.b})"
+            rows.append([text, str(found["seeds"]), gap, found["verdict"]])
+    table = report.table(["claim", "seeds", "difference [95 %]", "verdict"], rows)
+    parts = [intro, arms, table]
+    if missing := len(judged) - len(rows):
+        parts.append(f"Claims {NOT_YET}: {missing}.")
+    return "\n\n".join(["", *parts, ""]).removeprefix("\n")
+
+
+def rewrite(text: str) -> str:
+    """The README with every marked part as the JSON files have it."""
+    kinds = {"cell": cell, "picture": picture, "results": results}
+
+    def fill(match: re.Match) -> str:
+        begin, kind, script, _, end = match.groups()
+        return f"{begin}{kinds[kind](script, read(script))}{end}"
+
+    return MARKED.sub(fill, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 1 if --check finds a difference."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check, wrong = parser.parse_args(argv).check, []
+    measured = [script for script in claims.ARMS if read(script)]
+    for script in measured:
+        path = claims.RESULTS / f"{script}.md"
+        page = claims.page(script, read(script))
+        if not check:
+            claims.write_pages(path.with_suffix(".json"))
+        elif not path.exists() or path.read_text() != page:
+            wrong.append(f"{path.name} is not what {script}.json says")
+    path = claims.ROOT / "README.md"
+    old = path.read_text()
+    wrong += [
+        f"README.md has no <!-- results:{script} -->"
+        for script in measured
+        if f"<!-- results:{script} -->" not in old
+    ]
+    if not check:
+        path.write_text(rewrite(old))
+    elif rewrite(old) != old:
+        wrong.append("README.md is not what the JSON files say")
+    for line in wrong:
+        print(f"error: {line}: run python benchmarks/readme.py", file=sys.stderr)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""From the runs of claims.py to what they say: statistics, verdicts, tables, pictures.
+
+Everything here is a function of the records in benchmarks/results/<script>.json.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+MIN_SEEDS = 5  # of a verdict
+PICTURES = {  # suffix: (x, arms, metrics); x = k draws metric@k of the last evaluation
+    "grpo": {
+        "": ("step", "default", "eval/pass@1 eval/pass@8"),
+        "-updates": ("step", "default updates-2 updates-4", "eval/pass@1"),
+        "-normalization": ("step", "default sequence constant no-std", "eval/pass@1"),
+        "-length": ("step", "default sequence constant", "samples/wrong_length"),
+        "-trl": ("step", "default trl", "eval/pass@1"),
+    },
+    "vopd": {
+        "": ("step", "default sampled full vopd-topk topk clip", "eval/reverse_kl"),
+        "-pass": ("step", "default sampled full vopd-topk topk clip", "eval/pass@1"),
+    },
+    "dmpo": {
+        "": ("k", "default grpo dm-only forward-kl", "eval/qr"),
+        "-distinct": ("step", "default grpo dm-only", "eval/distinct_feasible"),
+    },
+    "prefixrl": {
+        "": ("flops", "default rl rl-64 sft-rl off-policy", "eval/hard_pass@1"),
+        "-back": ("step", "prefixed-only only-10-40 only-80-95", "eval/hard_pass@1"),
+    },
+    "ppo_envs": {"": ("step", "default", "eval/episode_return")},
+}
+AXES = {  # what an axis shows, with its unit
+    "step": "training step (batches)",
+    "k": "completions of a problem, k",
+    "flops": "total FLOPs, sampling of traces included",
+    "eval/pass@1": "held-out problems solved (share)",
+    "eval/hard_pass@1": "hard problems solved without a prefix (share)",
+    "eval/reverse_kl": "reverse KL to the teacher (nats per token)",
+    "eval/qr": "best quality ratio among k completions",
+    "eval/distinct_feasible": "distinct feasible answers among 16",
+    "eval/episode_return": "mean return of the evaluation episodes",
+    "samples/wrong_length": "length of wrong answers (characters)",
+}
+NOTE = """Interval: 95 % percentile bootstrap of the interquartile mean (IQM) over
+seeds, 10,000 resamples. The strata of a stratified bootstrap are tasks: with one task
+there is one stratum, and it is the plain bootstrap. On normal data it holds the true
+value in 90 % of cases with 5 seeds and in 95 % with 10 (simulated). A - B: IQM of the
+differences seed by seed. P(A better): the probability that a run of A is better than a
+run of B (Mann-Whitney U / n^2). The verdicts are computed by the rules at the top of
+benchmarks/claims.py; "not measured": no seed has run both arms."""
+
+# ------------------------------------ Statistics --------------------------------------
+
+
+def iqm(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Interquartile mean: a quarter of the values is left out at each end."""
+    return stats.trim_mean(values, 0.25, axis=axis)
+
+
+def interval(values) -> tuple[float, float, float]:
+    """IQM of one value per seed, and its 95 % percentile bootstrap interval."""
+    values = np.asarray(values, float)
+    if len(values) < 2 or np.ptp(values) == 0:
+        return (float(iqm(values)),) * 3
+    draws = dict(n_resamples=10_000, method="percentile", rng=0)
+    low, high = stats.bootstrap((values,), iqm, **draws).confidence_interval
+    return float(iqm(values)), float(low), float(high)
+
+
+def improvement(a, b) -> float:
+    """Probability that a value of a is above one of b: Mann-Whitney U / (n m)."""
+    return float(stats.mannwhitneyu(a, b).statistic / (len(a) * len(b)))
+
+
+def verdict(low: float, high: float, kind: str, margin: float, seeds: int) -> str:
+    """The rule in the docstring of claims.py, over the interval of A - B."""
+    if seeds < MIN_SEEDS:
+        return "inconclusive" if seeds else "not measured"
+    if kind in ("lower", "not-higher"):
+        low, high = -high, -low
+    inside = -margin < low and high < margin
+    if kind in ("higher", "lower"):
+        yes, no = low > 0, high < 0 or inside
+    elif kind in ("not-lower", "not-higher"):
+        yes, no = low > -margin, high < 0
+    elif kind == "equal":
+        yes, no = inside, low > margin or high < -margin
+    else:
+        raise ValueError(f"there is no kind {kind!r}")
+    return "replicated" if yes else "not replicated" if no else "inconclusive"
+
+
+def curve(run: dict, metric: str, x: str = "step") -> tuple[np.ndarray, np.ndarray]:
+    """x and the metric at the evaluations that have both."""
+    first, *less = metric.split("-")
+    lines = [line for line in run["evals"] if {first, *less, x} <= line.keys()]
+    values = [line[first] - sum(line[name] for name in less) for line in lines]
+    return np.array([line[x] for line in lines]), np.array(values)
+
+
+def pair(a: dict, b: dict, claim) -> tuple[np.ndarray, np.ndarray] | None:
+    """The two values (or as many as evaluations) that the claim compares in two runs of
+    one seed; None if these runs do not have them."""
+    x, _, part = claim.at.partition("/")
+    x, share = (x, 1 / float(part or 1)) if x not in ("end", "every") else ("step", 1)
+    (xa, a), (xb, b) = curve(a, claim.metric, x), curve(b, claim.metric, x)
+    if not len(a) or not len(b):
+        return None
+    if claim.b == "base":
+        return a[-1:], a[:1]
+    if claim.at == "every":
+        return (a, b) if xa.tolist() == xb.tolist() else None
+    if claim.at != "end":
+        end = xb[-1] if part else min(xa[-1], xb[-1])
+        return np.interp([share * end], xa, a), np.interp([end], xb, b)
+    return a[-1:], b[-1:]
+
+
+def judge(runs: list[dict], claim) -> dict:
+    """What the runs say of a claim."""
+    by = {(run["arm"], run["seed"]): run for run in runs}
+    other = claim.a if claim.b == "base" else claim.b
+    shared = sorted(s for arm, s in by if arm == claim.a and (other, s) in by)
+    pairs = [pair(by[claim.a, s], by[other, s], claim) for s in shared]
+    pairs = [values for values in pairs if values is not None]
+    if not pairs:
+        return {"seeds": 0, "verdict": verdict(0, 0, claim.kind, claim.margin, 0)}
+    a, b = (np.array(side).T for side in zip(*pairs))  # (evaluations, seeds)
+    middles, lows, highs = zip(*map(interval, a - b))
+    low, high, n = min(lows), max(highs), len(pairs)
+    better = improvement(a[-1], b[-1])
+    found = {"seeds": n, "difference": max(middles, key=abs), "low": low, "high": high}
+    found["better"] = 1 - better if claim.kind in ("lower", "not-higher") else better
+    return found | {"verdict": verdict(low, high, claim.kind, claim.margin, n)}
+
+
+# -------------------------------------- Tables ----------------------------------------
+
+
+def made_of(runs: list[dict]) -> str:
+    """Hardware, versions and wall time of the runs, in a line."""
+    unique = lambda name: ", ".join(dict.fromkeys(x[name] for x in runs if name in x))
+    versions = [f"{x} {unique(x)}" for x in ("torch", "transformers", "trl")]
+    parts = [unique("hardware"), *(x for x in versions if not x.endswith(" "))]
+    walls = [run["wall_seconds"] for run in runs if run["wall_seconds"]]
+    if walls:
+        parts.append(f"wall time of a run {min(walls):.0f} to {max(walls):.0f} s")
+    return "; ".join(parts)
+
+
+def spread(values, sign: str = "") -> str:
+    """IQM [interval] of one value per seed, as text."""
+    return "{:{s}.3f} [{:{s}.3f}, {:{s}.3f}]".format(*interval(values), s=sign)
+
+
+def table(names: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    rows = [names, ["---"] * len(names), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def arm_table(runs: list[dict], metrics: list[str]) -> str:
+    """Each metric of each arm: at the first and the last evaluation, and the gain."""
+    names = ["arm", "metric", "seeds", "base", "trained [95 %]", "seeds' range"]
+    rows = []
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        for metric in metrics:
+            own = [curve(run, metric)[1] for run in runs if run["arm"] == arm]
+            if all(map(len, own)):
+                base, end = (np.array([values[i] for values in own]) for i in (0, -1))
+                row = [arm, metric[5:], str(len(own)), f"{iqm(base):.3f}", spread(end)]
+                row.append(f"{min(end):.3f} to {max(end):.3f}")
+                rows.append([*row, spread(end - base, "+")])
+    return table([*names, "gain [95 %]"], rows)
+
+
+def claim_table(runs: list[dict], claims: list, papers: dict) -> str:
+    """Each claim with the data it is judged by and its verdict."""
+    rows = []
+    for claim in claims:
+        found, data = judge(runs, claim), ["0", "", ""]
+        if found["seeds"]:
+            gap = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found)
+            data = [str(found["seeds"]), gap, f"{found['better']:.2f}"]
+        source, _, text = claim.text.partition(": ")
+        compared = f"{claim.metric}: {claim.a} - {claim.b}, {claim.kind}"
+        compared += f", margin {claim.margin:g}, at {claim.at}"
+        row = [f"{source} ({papers[source]})", text, compared]
+        rows.append([*row, *data, f"**{found['verdict']}**"])
+    names = ["paper", "claim", "compared", "seeds", "A - B [95 %]", "P(A better)"]
+    return table([*names, "verdict"], rows)
+
+
+def page(script: str, runs: list[dict], metrics, claims, papers, explanations) -> str:
+    """<script>.md: what ran on what, the arms, the claims, the definitions."""
+    rows = []
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        own = [run for run in runs if run["arm"] == arm]
+        walls = [run["wall_seconds"] for run in own if run["wall_seconds"]]
+        wall = f"{np.median(walls):.0f}" if walls else "interrupted"
+        made = [run["cache_warm"] for run in own].count(False)
+        codes = ", ".join(dict.fromkeys(run["code"] for run in own))
+        flags = f"`{' '.join(own[0]['flags'])}`" if own[0]["flags"] else "none"
+        rows.append([arm, flags, str(len(own)), wall, str(made), codes])
+    names = ["arm", "flags", "seeds", "median wall time, s", "runs that filled a cache"]
+    parts = [f"# {script}", made_of(runs), table([*names, "code"], rows)]
+    parts += [arm_table(runs, metrics), claim_table(runs, claims, papers)]
+    for claim in claims:
+        word = judge(runs, claim)["verdict"]
+        if claim.text in explanations and word in ("not replicated", "inconclusive"):
+            parts.append(f"{claim.text}: **{word}**. {explanations[claim.text]}")
+    return "\n\n".join([*parts, NOTE]) + "\n"
+
+
+# ------------------------------------- Pictures ---------------------------------------
+
+
+def curves_of(runs: list[dict], metric: str, x: str) -> list[tuple]:
+    """(x, y) of each run; for x = k the metric@k of its last evaluation."""
+    if x != "k":
+        return [curve(run, metric, x) for run in runs]
+    pairs = []
+    for run in runs:
+        last, names = run["evals"][-1], [n for n in run["evals"][-1] if "@" in n]
+        ks = sorted(int(n.split("@")[1]) for n in names if n.startswith(f"{metric}@"))
+        pairs.append((np.array(ks), np.array([last[f"{metric}@{k}"] for k in ks])))
+    return pairs
+
+
+def draw(script: str, runs: list[dict], path: Path) -> None:
+    """The pictures of PICTURES beside `path`: IQM and interval over seeds."""
+    for suffix, (x, arms, metrics) in PICTURES.get(script, {}).items():
+        lines, seeds, metrics = [], set(), metrics.split()
+        for arm in arms.split():
+            own = [run for run in runs if run["arm"] == arm]
+            for metric in metrics:
+                pairs = [c for c in curves_of(own, metric, x) if len(c[0])]
+                if pairs and len({len(xs) for xs, _ in pairs}) == 1:
+                    at = np.mean([xs for xs, _ in pairs], 0)
+                    points = zip(*(ys for _, ys in pairs))
+                    label = metric[5:] if len(metrics) > 1 else arm
+                    lines.append((label, at, *zip(*map(interval, points))))
+                    seeds.add(len(pairs))
+        file = path.with_name(f"{script}{suffix}.png")
+        file.unlink(missing_ok=True)
+        if lines and (suffix == "" or len(lines) > 1):
+            title = f"{' or '.join(map(str, sorted(seeds)))} seeds: IQM, 95 % interval"
+            picture(lines, AXES[x], AXES[metrics[0]], title, file)
+
+
+def picture(lines: list, xlabel: str, ylabel: str, title: str, path: Path) -> None:
+    """Lines (name, x, middle, low, high), each named at its end; the names are moved
+    apart where they would meet."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot()
+    styles = ["o-", "s--", "^:", "D-.", "v-", "x--"]
+    for i, (_, x, middle, low, high) in enumerate(lines):
+        grey = str(0.6 * i / max(1, len(lines) - 1))
+        axes.plot(x, middle, styles[i % 6], color=grey, markersize=4)
+        axes.fill_between(x, low, high, color=grey, alpha=0.2, linewidth=0)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, fontsize=10)
+    axes.margins(x=0.02)
+    top, lowest = axes.get_ylim()[1], -1.0
+    for name, x, middle, *_ in sorted(lines, key=lambda line: line[2][-1]):
+        lowest = max(middle[-1] / top, lowest + 0.05)  # a line of text is 5 % high
+        look = dict(textcoords="axes fraction", va="center")
+        look["arrowprops"] = dict(arrowstyle="-", color="0.7", linewidth=0.6)
+        axes.annotate(name, (x[-1], middle[-1]), (1.03, lowest), **look)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,696 @@
+"""The evidence: statistics and verdicts against independent computations, runs that go
+on where they stopped, and a README that says what the JSON files say."""
+
+from __future__ import annotations
+
+import fcntl
+import inspect
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tyro
+from conftest import ROOT, load_script
+
+pytest.importorskip("scipy", reason="needs benchmarks/requirements.txt")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import claims
+import readme
+import report
+
+# ------------------------------------ Statistics --------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 10, 13])
+def test_iqm_keeps_the_extremes(n):
+    """The mean of what is left when a quarter of the values, rounded down, is dropped
+    at each end; the plain mean or the median would be other numbers."""
+    values = np.random.default_rng(n).exponential(size=n)
+    kept = sorted(values)[n // 4 : n - n // 4]
+    assert report.iqm(values) == pytest.approx(sum(kept) / len(kept), abs=1e-12)
+
+
+def test_interval_is_of_something_else():
+    """With 5 values all 5^5 resamples can be enumerated: the interval is between the
+    2.5 % and the 97.5 % quantile of their interquartile means, as the footnote says."""
+    values = np.array([0.1, 0.35, 0.2, 0.7, 0.44])
+    every = [sorted(x)[1:4] for x in itertools.product(values, repeat=5)]
+    low, high = np.quantile(np.mean(every, -1), [0.025, 0.975])
+    middle, ours_low, ours_high = report.interval(values)
+    assert middle == pytest.approx((0.2 + 0.35 + 0.44) / 3)
+    assert (ours_low, ours_high) == pytest.approx((low, high), abs=0.012)
+
+
+@pytest.mark.parametrize(("n", "least", "most"), [(5, 0.85, 0.95), (10, 0.91, 0.98)])
+def test_interval_covers_less_than_the_footnote_says(n, least, most):
+    """Of paired differences with a known centre, 90 % (5 seeds) and 95 % (10 seeds) of
+    the intervals hold it: those numbers stand under every table."""
+    rng, hits = np.random.default_rng(7), 0
+    for _ in range(400):
+        _, low, high = report.interval(rng.normal(0.3, 1.0, n))
+        hits += low <= 0.3 <= high
+    assert least <= hits / 400 <= most
+    assert "90 % of cases with 5 seeds and in 95 % with 10" in " ".join(
+        report.NOTE.split()
+    )
+
+
+def test_improvement_counts_ties_wrong():
+    """Mann-Whitney's U over the number of pairs: wins and half of the ties, counted one
+    by one; not the p-value, not the other side's U."""
+    a, b = [1.0, 2.0, 2.0, 5.0, 0.3], [2.0, 1.0, 0.5, 2.0]
+    pairs = [(x > y) + (x == y) / 2 for x in a for y in b]
+    assert report.improvement(a, b) == pytest.approx(np.mean(pairs))
+    assert report.improvement([3, 4], [1, 2]) == 1.0
+
+
+R, N, U = "replicated", "not replicated", "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "kind", "expected"),
+    [
+        (0.2, 0.3, "higher", R),
+        (0.001, 0.3, "higher", R),
+        (0.001, 0.05, "higher", R),  # on the claimed side comes before the margin
+        (0.0, 0.3, "higher", U),
+        (-0.2, 0.3, "higher", U),
+        (-0.2, 0.05, "higher", U),
+        (-0.05, 0.05, "higher", N),
+        (-0.3, -0.001, "higher", N),
+        (-0.3, -0.2, "lower", R),
+        (-0.05, 0.05, "lower", N),
+        (0.2, 0.3, "lower", N),
+        (-0.2, 0.3, "lower", U),
+        (-0.05, 0.3, "not-lower", R),
+        (-0.05, -0.01, "not-lower", R),  # it falls, but by less than the margin
+        (-0.2, -0.01, "not-lower", N),
+        (-0.3, -0.2, "not-lower", N),
+        (-0.2, 0.3, "not-lower", U),
+        (-0.1, 0.3, "not-lower", U),
+        (-0.3, 0.05, "not-higher", R),
+        (0.01, 0.2, "not-higher", N),
+        (-0.3, 0.2, "not-higher", U),
+        (-0.05, 0.05, "equal", R),
+        (0.01, 0.09, "equal", R),
+        (-0.05, 0.2, "equal", U),
+        (-0.3, 0.3, "equal", U),
+        (0.2, 0.3, "equal", N),
+        (-0.3, -0.2, "equal", N),
+        (float("nan"), float("nan"), "higher", U),
+    ],
+)
+def test_verdict_breaks_its_rule(low, high, kind, expected):
+    """Every case of the rule in claims.py, with a margin of 0.1."""
+    assert report.verdict(low, high, kind, 0.1, seeds=5) == expected
+
+
+def test_verdict_from_too_few_seeds():
+    """Four seeds give no verdict, however clear the interval; none is not measured."""
+    for kind in ("higher", "lower", "not-lower", "not-higher", "equal"):
+        assert report.verdict(0.02, 0.03, kind, 0.1, seeds=4) == "inconclusive"
+        assert report.verdict(0.02, 0.03, kind, 0.1, seeds=0) == "not measured"
+    with pytest.raises(ValueError, match="between"):
+        report.verdict(0.0, 1.0, "between", 0.1, seeds=5)
+
+
+def record(arm: str, seed: int, **columns: list[float]) -> dict:
+    """A run with these columns over its evaluations; e__x stands for eval/x."""
+    names = [name.replace("e__", "eval/") for name in columns]
+    lines = [dict(zip(names, values)) for values in zip(*columns.values())]
+    lines = [{"step": 10 * i} | line for i, line in enumerate(lines)]
+    about = dict(hardware="2 CPU cores, no GPU", torch="2", wall_seconds=9.0 + seed)
+    about |= dict(flags=[], code="c0de", cache_warm=True)
+    return about | {"arm": arm, "seed": seed, "evals": lines}
+
+
+def asked(kind: str, a="a", b="b", margin=0.01, at="end", metric="eval/x"):
+    """A claim."""
+    return claims.Claim("DMPO: it holds", metric, a, b, kind, margin, at)
+
+
+def test_arms_are_compared_without_their_seeds():
+    """Seeds differ by 0.5, arms by 0.02 within each seed: paired the claim is clear,
+    unpaired it would be lost. Seeds that only one arm has run do not count."""
+    runs = [record("a", s, e__x=[0.0, 0.1 * s + 0.02]) for s in range(1, 7)]
+    runs += [record("b", s, e__x=[0.0, 0.1 * s + 1e-4 * s]) for s in range(6, 0, -1)]
+    found = report.judge([*runs, record("a", 9, e__x=[0, 0])], asked("higher"))
+    assert found["verdict"] == "replicated"
+    assert found["seeds"] == 6
+    assert 0.019 < found["low"] < found["difference"] < found["high"] < 0.02
+    assert 0.5 < found["better"] < 0.8  # unpaired, 0.02 is little
+    below = report.judge(runs, asked("lower"))
+    assert below["verdict"] == "not replicated"
+    assert below["better"] == pytest.approx(1 - found["better"])
+
+
+def test_base_is_another_run():
+    """Against "base" a run is compared with its own first evaluation."""
+    runs = [record("a", s, e__x=[s, 99.0, s + 0.2 + s / 1e3]) for s in range(1, 6)]
+    found = report.judge(runs, asked("higher", b="base"))
+    assert found["difference"] == pytest.approx(0.203)
+    assert found["verdict"] == "replicated"
+
+
+def test_curve_is_judged_by_its_end():
+    """ "every": one evaluation outside the margin is enough against equality, and early
+    leads and late lags do not cancel."""
+    noise = [0.001 * s for s in range(5)]
+    flat = [record("b", s, e__x=[0.5] * 4) for s in range(5)]
+    near = [record("a", s, e__x=[0.5 + e] * 4) for s, e in enumerate(noise)]
+    bent = [
+        record("a", s, e__x=[0.5, 0.6 + e, 0.4 + e, 0.5]) for s, e in enumerate(noise)
+    ]
+    equal = asked("equal", margin=0.05, at="every")
+    assert report.judge(near + flat, equal)["verdict"] == "replicated"
+    found = report.judge(bent + flat, equal)
+    assert found["verdict"] != "replicated"
+    assert found["low"] < -0.09
+    assert found["high"] > 0.09
+    assert report.judge(bent + flat, asked("equal", margin=0.05))["verdict"] == R
+
+
+def test_arms_are_compared_at_unequal_flops():
+    """At equal FLOPs the longer run is read where the shorter ends, between its
+    evaluations on the line; flops/2 reads A at half of B's total and B at its end. What
+    A paid before its first evaluation buys it nothing."""
+    a = record("a", 1, e__x=[0.0, 0.4, 0.8], flops=[100, 200, 300])
+    b = record("b", 1, e__x=[0.0, 0.3], flops=[0, 250])
+    at = lambda a, b, at: [
+        float(v[0]) for v in report.pair(a, b, asked("higher", at=at))
+    ]
+    assert at(a, b, "flops") == pytest.approx([0.6, 0.3])
+    assert at(b, a, "flops") == pytest.approx([0.3, 0.6])
+    assert at(a, b, "flops/2") == pytest.approx([0.1, 0.3])
+    assert at(a, b, "end") == pytest.approx([0.8, 0.3])
+    late = record("a", 1, e__x=[0.1, 0.9], flops=[1000, 2000])
+    assert at(late, b, "flops") == pytest.approx([0.1, 0.3])
+    assert report.judge([record("a", 1, e__x=[0, 1])], asked("higher"))["seeds"] == 0
+
+
+def test_missing_metric_counts_as_zero():
+    """A metric that a run does not have is not measured; "x-y" is a difference."""
+    runs = [record(arm, 1, e__x=[0.0, 0.5], e__y=[0.1, 0.2]) for arm in "ab"]
+    assert report.judge(runs, asked("higher", metric="eval/z"))["seeds"] == 0
+    runs[0]["evals"][-1]["eval/y"] = 0.1
+    found = report.judge(runs, asked("higher", metric="eval/x-eval/y"))
+    assert found["difference"] == pytest.approx(0.1)
+    assert found["verdict"] == "inconclusive"  # one seed
+
+
+# --------------------------------------- Runs -----------------------------------------
+
+FAKE = '''
+"""A script with a docstring."""
+import argparse, json, os, sys, time
+from pathlib import Path
+
+
+class Args:
+    seed: int = 1
+    steps: int = 20
+    eval_every: int = 5
+    eval_prompts: int = 256
+
+
+parser = argparse.ArgumentParser()
+for name in ("seed", "steps", "eval-every", "save-every", "eval-prompts", "bonus"):
+    parser.add_argument(f"--{name}", type=int)
+parser.add_argument("--run-dir")
+parser.add_argument("--resume")
+args = parser.parse_args()
+with open("calls", "a") as calls:
+    calls.write(json.dumps([args.run_dir, args.resume]) + chr(10))
+run = Path(args.run_dir or args.resume)
+if args.resume:
+    saved = json.loads((run / "args.json").read_text())["args"]
+    done = int((run / "checkpoint/state.pt").read_text())
+    kept = (run / "metrics.jsonl").read_text().splitlines(True)[: done + 1]
+    (run / "metrics.jsonl").write_text("".join(kept))
+else:
+    saved = {"seed": args.seed, "steps": args.steps or 20, "run_dir": args.run_dir}
+    saved |= {"bonus": args.bonus or 0, "threads": os.environ["OMP_NUM_THREADS"]}
+    saved |= {"eval_prompts": args.eval_prompts, "resume": ""}
+    done, cache = -1, Path("runs/cache/base")
+    cache.mkdir(parents=True, exist_ok=True)
+    run.mkdir(parents=True)
+    about = {"torch": TORCH, "hardware": "1 abacus", "commit": "none", "args": saved}
+    (run / "args.json").write_text(json.dumps(about))
+for step in range(done + 1, saved["steps"] + 1):
+    line = {"step": step, "reward_mean": 0.5}
+    if step % 5 == 0 or step == saved["steps"]:
+        line["eval/x"] = step * 0.01 + saved["seed"] + saved["bonus"]
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write(json.dumps(line) + chr(10))
+    (run / "checkpoint").mkdir(exist_ok=True)
+    (run / "checkpoint/state.pt").write_text(str(step))
+    if step == 7 and Path("die").exists():
+        Path("die").unlink()
+        os._exit(9)
+    while step == 7 and Path("wait").exists():
+        Path("here").touch()
+        time.sleep(0.05)
+'''
+SETUP = """
+from __future__ import annotations
+import sys
+from pathlib import Path
+sys.path.insert(0, {path!r})
+import claims
+{function}
+fake_repository({root!r})
+sys.exit(claims.main(sys.argv[1:]))
+"""
+
+
+def fake_repository(root: Path | str, put=setattr) -> None:
+    """Let claims.py see one script with two arms, in place of the real ones."""
+    metric, spec = "eval/x", "eval/x bonus default higher 0.02"
+    put(claims, "ROOT", Path(root))
+    put(claims, "RESULTS", Path(root, "results"))
+    put(claims, "ARMS", {"fake": {"default": "", "bonus": "--bonus 1"}})
+    put(claims, "QUICK", {"fake": "bonus"})
+    put(claims, "METRICS", {"fake": metric})
+    put(claims, "CLAIMS", {"fake": [claims.claim("DMPO: a bonus helps", spec)]})
+    put(claims, "INSTALLED", {"torch": "1.0"})
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch, capsys):
+    """A repository with one quick script in place of the real ones, and its harness:
+    run() in this process, command() as a process of its own."""
+    root, work = tmp_path / "repo", tmp_path / "work"
+    (root / "algos").mkdir(parents=True)
+    script, start = root / "algos" / "fake.py", tmp_path / "start.py"
+    script.write_text(FAKE.replace("TORCH", '"1.0"'))
+    parts = dict(path=str(ROOT / "benchmarks"), root=str(root))
+    parts["function"] = inspect.getsource(fake_repository)
+    start.write_text(SETUP.format(**parts))
+    results = root / "results" / "fake.json"
+    fake_repository(root, monkeypatch.setattr)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def flags(*own) -> list[str]:
+        return ["fake", "--work", str(work), *own]
+
+    def run(*own, code=0) -> str:
+        capsys.readouterr()
+        got, said = claims.main(flags(*own)), capsys.readouterr()
+        assert got == code, said
+        return said.out + said.err
+
+    def command(*own) -> list[str]:
+        return [sys.executable, str(start), *flags(*own)]
+
+    def calls() -> int:
+        files = work.rglob("calls")
+        return sum(len(file.read_text().splitlines()) for file in files)
+
+    def runs() -> list[dict]:
+        return json.loads(results.read_text())
+
+    parts = dict(root=root, work=work, script=script, results=results, runs=runs)
+    yield SimpleNamespace(**parts, run=run, calls=calls, command=command)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_finished_run_is_run_again(lab):
+    """A run in the results file is not run again, not even when its work folder is
+    gone; nor one whose work folder is whole, when the results file is gone."""
+    lab.run("--seeds", "2")
+    assert lab.calls() == 4
+    first = lab.runs()
+    assert [(r["arm"], r["seed"]) for r in first] == [
+        ("default", 1), ("default", 2), ("bonus", 1), ("bonus", 2)
+    ]  # fmt: skip
+    lab.results.unlink()
+    lab.run("--seeds", "2")
+    assert lab.calls() == 4
+    assert lab.runs() == first
+    shutil.rmtree(lab.work)
+    lab.run("--seeds", "2")
+    assert lab.calls() == 0
+    assert lab.runs() == first
+    lab.run("--seeds", "3")
+    assert lab.calls() == 2
+    assert [r for r in lab.runs() if r["seed"] < 3] == first
+    for name in ("flags", "seed", "code", "commit", "hardware", "wall_seconds"):
+        assert first[2][name] is not None
+    assert first[2]["flags"] == ["--bonus", "1"]
+    assert [e["step"] for e in first[2]["evals"]] == [0, 5, 10, 15, 20]
+    assert first[2]["evals"][-1]["eval/x"] == pytest.approx(2.2)
+
+
+def test_interrupted_run_starts_anew(lab):
+    """A run that died at step 7 is reported, not recorded, and goes on by --resume; its
+    evaluations are those of an undisturbed run, its wall time is not known."""
+    lab.run("--seeds", "1", "--arms", "default")
+    whole = lab.runs()[0]
+    shutil.rmtree(lab.work)
+    lab.results.unlink()
+    home = lab.work / "fake" / "s1"
+    home.mkdir(parents=True)
+    (home / "die").touch()
+    said = lab.run("--seeds", "1", code=1)  # default dies, bonus is run all the same
+    assert "default s1 failed: exit code 9" in said
+    assert [r["arm"] for r in lab.runs()] == ["bonus"]
+    lab.run("--seeds", "1")
+    lines = [json.loads(x) for x in (home / "calls").read_text().splitlines()]
+    assert [resume is not None for _, resume in lines] == [False, False, True]
+    again = next(r for r in lab.runs() if r["arm"] == "default")
+    assert again["evals"] == whole["evals"]
+    assert again["wall_seconds"] is None
+    assert whole["wall_seconds"] > 0
+
+
+def test_changed_code_keeps_its_old_numbers(lab):
+    """A run of other code is dropped and run again, a docstring or a comment changes
+    nothing; --keep-old keeps it. Other versions of torch count as other code."""
+    lab.run("--seeds", "1")
+    old = lab.runs()
+    text = lab.script.read_text()
+    lab.script.write_text("# so\n" + text.replace("with a docstring", "with another"))
+    lab.run("--seeds", "1")
+    assert lab.calls() == 2
+    assert lab.runs() == old
+    lab.script.write_text(text.replace("step * 0.01", "step * 0.02"))
+    lab.run("--seeds", "1", "--keep-old")
+    assert lab.calls() == 2
+    assert lab.runs() == old
+    lab.run("--seeds", "1", "--arms", "default")
+    assert lab.calls() == 3
+    (new,) = lab.runs()  # the other arm's old run is gone too
+    assert new["code"] != old[0]["code"]
+    assert new["evals"][-1]["eval/x"] == pytest.approx(1.4)
+    lab.results.write_text(json.dumps([new | {"torch": "0.9"}]))
+    said = lab.run("--seeds", "1", "--arms", "default")
+    assert "1 runs of other code, flags or versions do not count" in said
+    assert lab.runs() == [new]  # from the work folder
+
+
+def test_arm_keeps_its_name_but_not_its_flags(lab, monkeypatch):
+    """When an arm's flags change, its runs do not count, --keep-old or not."""
+    lab.run("--seeds", "1")
+    arms = {"fake": {"default": "", "bonus": "--bonus 2"}}
+    monkeypatch.setattr(claims, "ARMS", arms)
+    for flags in (["--keep-old"], []):
+        lab.run("--seeds", "1", *flags)
+        assert [r["flags"][-1:] for r in lab.runs()] == [[], ["2"]]
+    assert lab.calls() == 3
+
+
+def test_quick_run_is_published(lab):
+    """--quick: two seeds and a tenth of the steps, in the work folder; no results file
+    is written or read, and its runs are no evidence later."""
+    lab.run("--quick")
+    assert not lab.results.parent.exists()
+    quick = json.loads((lab.work / "quick/results/fake.json").read_text())
+    assert len(quick) == 4
+    assert {r["args"]["steps"] for r in quick} == {2}
+    assert {r["args"]["eval_prompts"] for r in quick} == {32}
+    lab.run("--seeds", "1", "--arms", "default")
+    assert lab.runs()[0]["args"]["steps"] == 20
+    before = lab.results.read_bytes()
+    lab.run("--quick")
+    assert lab.results.read_bytes() == before
+    assert len(list(lab.work.rglob("calls"))) == 3
+    assert lab.calls() == 5
+
+
+def test_arms_do_not_share_the_cache(lab):
+    """The arms of a seed use one runs/cache; the first arm fills it, and its record
+    says so, since the time for it is in its wall time."""
+    lab.run("--seeds", "2", "--jobs", "2")
+    assert len(list(lab.work.rglob("runs/cache"))) == 2
+    warm = {(r["arm"], r["seed"]): r["cache_warm"] for r in lab.runs()}
+    assert warm == {
+        ("default", 1): False,
+        ("default", 2): False,
+        ("bonus", 1): True,
+        ("bonus", 2): True,
+    }
+    threads = str(max(1, os.cpu_count() // 2))
+    assert {r["args"]["threads"] for r in lab.runs()} == {threads}
+    assert {str(r["threads"]) for r in lab.runs()} == {threads}
+
+
+def test_record_holds_a_path_of_this_machine(lab):
+    """No folder of this machine gets into the results."""
+    lab.run("--seeds", "1")
+    assert str(lab.work.parent) not in lab.results.read_text()
+
+
+def until(happened) -> None:
+    """Wait for it, at most 30 s."""
+    for _ in range(600):
+        if happened():
+            return
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def free(home: Path) -> bool:
+    """Has the run let go of its lock?"""
+    with next(home.glob("default-*.lock")).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_harness_leaves_its_runs_behind(lab, number):
+    """Ctrl-C or kill stops the runs too, with one signal (a second would keep them from
+    saving), and the same command goes on with them."""
+    home = lab.work / "fake" / "s1"
+    home.mkdir(parents=True)
+    (home / "wait").touch()
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    harness = subprocess.Popen(lab.command("--seeds", "1"), **pipes)
+    until((home / "here").exists)
+    harness.send_signal(number)
+    assert "the same command goes on" in harness.communicate(timeout=30)[1]
+    assert harness.returncode == 130
+    assert not lab.results.exists()
+    log = next(home.glob("default-*.log")).read_text()
+    assert log.count("KeyboardInterrupt") == 1
+    (home / "wait").unlink()
+    lab.run("--seeds", "1")
+    assert lab.calls() == 3
+    assert len(lab.runs()) == 2
+
+
+def test_run_that_outlived_its_harness_is_run_twice(lab):
+    """After kill -9 of the harness its run goes on alone. A second harness leaves it
+    alone, and takes the finished run over later."""
+    home = lab.work / "fake" / "s1"
+    home.mkdir(parents=True)
+    (home / "wait").touch()
+    flags = ["--seeds", "1", "--arms", "default"]
+    harness = subprocess.Popen(lab.command(*flags))
+    until((home / "here").exists)
+    harness.kill()
+    harness.wait()
+    assert "another process is at" in lab.run(*flags, code=1)
+    (home / "wait").unlink()
+    folder = next(x for x in home.glob("default-*") if x.is_dir())
+    until(lambda: claims.evaluations(folder) and free(home))
+    lab.run(*flags)
+    assert lab.calls() == 1
+    assert lab.runs()[0]["wall_seconds"] is None
+
+
+def test_code_that_was_edited_meanwhile_gets_the_old_hash(lab):
+    """The hash is of what is run, not of what stood there when the harness began."""
+    home = lab.work / "fake" / "s1"
+    home.mkdir(parents=True)
+    (home / "wait").touch()
+    harness = subprocess.Popen(
+        lab.command("--seeds", "1"), stdout=subprocess.PIPE, text=True
+    )
+    until((home / "here").exists)
+    lab.script.write_text(lab.script.read_text().replace("0.01", "0.02"))
+    (home / "wait").unlink()
+    said = harness.communicate(timeout=30)[0]
+    assert "bonus s1 failed: the program was edited meanwhile" in said
+    assert [r["arm"] for r in lab.runs()] == ["default"]
+
+
+SOURCE = '''
+"""Doc."""
+class A:
+    """Doc."""
+    x: int = 1  # comment
+    def f(self, y=2):
+        """Doc."""
+        return f"{y:>3}" + "text"
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("Doc.", "Another.", True),
+        ("  # comment", "", True),
+        ("x: int = 1", "x: int = (1)", True),
+        ("x: int = 1", "x: int = 0", False),
+        ("x: int = 1", "x: int = True", False),
+        ("y=2", "y=3", False),
+        ('"text"', '"test"', False),
+        (":>3", ":>4", False),
+        ("(self", "(me", False),
+        ("return", "yield", False),
+    ],
+)
+def test_hash_sees_comments_or_misses_code(old, new, same):
+    """Comments, docstrings and layout do not change the hash, everything else does."""
+    assert old in SOURCE
+    changed = claims.code_hash([SOURCE.replace(old, new)])
+    assert (changed == claims.code_hash([SOURCE])) == same
+
+
+def test_wrong_answers_of_other_steps_are_counted(tmp_path):
+    """The length of wrong answers is over the samples since the last evaluation, right
+    ones left out; the first evaluation has none."""
+    (tmp_path / "args.json").write_text(json.dumps({"args": {"steps": 4}}))
+    evals = [{"step": s, "eval/x": 0.0} for s in (0, 2, 4)]
+    lines = [evals[0], {"step": 1}, evals[1], {"step": 3}, evals[2]]
+    samples = [{"step": 0}]
+    for step, lengths in ((1, [1, 3]), (2, [5, 7]), (3, [20, 40]), (4, [60, 80])):
+        texts = ["x" * n for n in lengths]
+        samples.append({"step": step, "completions": texts, "rewards": [0.0, 1.0]})
+    for name, records in (("metrics", lines), ("samples", samples)):
+        text = "".join(json.dumps(x) + "\n" for x in records)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    found = [line.get("samples/wrong_length") for line in claims.evaluations(tmp_path)]
+    assert found == [None, 3.0, 40.0]
+    (tmp_path / "args.json").write_text(json.dumps({"args": {"steps": 5}}))
+    assert claims.evaluations(tmp_path) == []
+
+
+@pytest.mark.parametrize("script", sorted(claims.ARMS))
+def test_claim_is_about_an_arm_that_is_not_there(script):
+    """Claims and pictures name arms, papers and axes that exist, each claim differs,
+    and the flags of every arm are flags of the script."""
+    arms = claims.ARMS[script]
+    assert next(iter(arms)) == "default"
+    for claim in claims.CLAIMS[script]:
+        assert claim.a in arms and claim.b in {*arms, "base"} - {claim.a}
+        assert claim.text.partition(": ")[0] in claims.PAPERS
+        assert claim.margin > 0
+        report.verdict(0.0, 1.0, claim.kind, claim.margin, seeds=5)
+        assert re.fullmatch(r"end|every|flops(/2)?", claim.at)
+    texts = [claim.text for claim in claims.CLAIMS[script]]
+    assert len(set(texts)) == len(texts)
+    for x, drawn, metrics in report.PICTURES[script].values():
+        assert {*drawn.split()} <= arms.keys()
+        assert {x, metrics.split()[0]} <= report.AXES.keys()
+    if (ROOT / "algos" / f"{script}.py").exists():
+        for flags in arms.values():
+            tyro.cli(load_script(script).Args, args=flags.split())
+
+
+# -------------------------------------- README ----------------------------------------
+
+
+def test_readme_and_results_disagree():
+    """README.md and every results page say what the JSON files say."""
+    assert readme.main(["--check"]) == 0
+
+
+@pytest.fixture
+def papers(tmp_path, monkeypatch):
+    """A README with a row and a part about grpo and vopd; grpo is measured."""
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    monkeypatch.setattr(claims, "RESULTS", tmp_path / "results")
+    claims.RESULTS.mkdir()
+    names = {"e__pass@1": [0.1, 0.3], "e__pass@8": [0.4, 0.5]}
+    runs = [
+        record("default", s, **{k: [x + s / 100 for x in v] for k, v in names.items()})
+        for s in range(1, 6)
+    ]
+    claims.write(runs, claims.RESULTS / "grpo.json")
+    text = "# R\n\n| a | <!-- cell:grpo -->old<!-- end --> |\n"
+    text += "| b | <!-- cell:vopd -->old<!-- end --> |\n\n<!-- results:grpo -->\n\n"
+    text += "<!-- end -->\n\n<!-- picture:grpo -->x<!-- end -->\n\nby hand\n"
+    (tmp_path / "README.md").write_text(text)
+    return tmp_path
+
+
+def test_readme_is_not_rewritten(papers):
+    """The rewrite fills the marked parts alone, says what is not measured, is stable,
+    and the check then passes."""
+    assert readme.main(["--check"]) == 1
+    assert readme.main([]) == 0
+    text = (papers / "README.md").read_text()
+    assert "| b | <!-- cell:vopd -->not measured yet<!-- end --> |" in text
+    assert "pass@1 +0.200 [+0.200, +0.200], 5 seeds<!-- end --> |" in text
+    assert "| default | pass@1 | 5 | 0.130 | 0.330 [" in text
+    assert "| 5 | +0.200 [+0.200, +0.200] | replicated |" in text
+    assert "\n![grpo: pass@1, pass@8 over training](results/grpo.png)\n" in text
+    assert text.startswith("# R\n") and text.endswith("\n\nby hand\n")
+    assert readme.main(["--check"]) == 0
+    assert readme.main([]) == 0
+    assert (papers / "README.md").read_text() == text
+
+
+@pytest.mark.parametrize("what", ["number", "verdict", "json", "page", "marker"])
+def test_edit_by_hand_is_not_seen(papers, what, capsys):
+    """A number or verdict edited in the README, a page or results file edited without
+    the rest, a results file that the README does not show: the check fails."""
+    readme.main([])
+    path, old, new = {
+        "number": ("README.md", "0.330 [", "0.340 ["),
+        "verdict": ("README.md", "replicated", "inconclusive"),
+        "json": ("results/grpo.json", '"eval/pass@1": 0.35', '"eval/pass@1": 0.45'),
+        "page": ("results/grpo.md", "**not measured**", "**replicated**"),
+        "marker": ("README.md", "<!-- results:grpo -->", ""),
+    }[what]
+    text = (papers / path).read_text()
+    assert old in text
+    (papers / path).write_text(text.replace(old, new))
+    assert readme.main(["--check"]) == 1
+    assert "error: " in capsys.readouterr().err
+
+
+def test_explanation_is_printed_beside_a_replicated_claim(papers, monkeypatch):
+    """What was tried when a claim fails is printed only where the verdict is not
+    replicated or inconclusive."""
+    first, _, third, *_ = claims.CLAIMS["grpo"]
+    monkeypatch.setattr(
+        claims,
+        "EXPLANATIONS",
+        {first.text: "first because", third.text: "third because"},
+    )
+    runs = readme.read("grpo")
+    assert "because" not in claims.page("grpo", runs)  # third is not measured
+    other = [run | {"arm": "updates-2"} for run in runs[:4]]
+    assert "third because" in claims.page("grpo", runs + other)
+    assert "first because" not in claims.page("grpo", runs + other)
+
+
+def test_picture_is_too_large_or_of_nothing(papers):
+    """A picture of one line is drawn only where it is the script's own; none reaches
+    200 kB, and those of arms that are gone go too."""
+    runs = readme.read("grpo")
+    other = [run | {"arm": "updates-2"} for run in runs]
+    claims.write(runs + other, claims.RESULTS / "grpo.json")
+    claims.write_pages(claims.RESULTS / "grpo.json")
+    names = {path.name for path in claims.RESULTS.glob("*.png")}
+    assert names == {"grpo.png", "grpo-updates.png"}
+    claims.write(runs, claims.RESULTS / "grpo.json")
+    claims.write_pages(claims.RESULTS / "grpo.json")
+    assert [path.name for path in claims.RESULTS.glob("*.png")] == ["grpo.png"]
+    for path in [*(ROOT / "benchmarks/results").glob("*.png"), *papers.rglob("*.png")]:
+        assert path.stat().st_size < 200_000
