@@ -1,0 +1,1007 @@
+"""vOPD: on-policy distillation with a control-variate baseline, in one file.
+
+Paper: "KL for a KL: On-Policy Distillation with Control Variate Baseline" (arXiv
+2605.07865; official code: holi-lab/vOPD).
+
+The student p writes completions, the teacher q says how likely it finds each token, and
+the student moves towards it: no rewards, no answers. The reverse KL of every state it
+comes through is minimised by policy gradients. For completions y ~ p of a prompt, and
+c_t: the prompt and the tokens before y_t,
+
+    r_t  = log q(y_t | c_t) - log p(y_t | c_t)      a reward for each token
+    V_t  = E_{y ~ p}[r] = -KL(p(. | c_t) || q(. | c_t))
+    loss = -1/Z sum_t a_t log p(y_t | c_t)          a_t detached, Z: completion tokens
+
+The value of a state needs no network: it is the KL, which the two forward passes hold
+already. Whatever does not depend on the action may be subtracted, so a_t = r_t - V_t
+has the same expected gradient as r_t, and less noise in most states (not in all: -KL is
+not the best baseline there is).
+
+    --estimator sampled    a = r                                        unbiased, noisy
+                vopd       a = r + KL(p || q)                           unbiased
+                vopd-topk  a = r + KL of the student's k likeliest      unbiased
+                           tokens, both distributions renormalised there
+                full       KL(p || q) itself is differentiated          no action noise
+                topk       the KL of vopd-topk is differentiated        biased
+                clip       a = max(r, log(lam) / (1 - lam))             biased
+
+Unbiased: for the gradient of the KL of each state, the states held as they are (no
+token is credited for what comes after it), and only while the data are on-policy: one
+update on each batch.
+
+Differences. All weights are trained, not LoRA's; the learning rate is constant after a
+warm-up, not a cosine: a longer run continues a shorter one. The paper's temperature
+divides both models' logits: for it, give --teacher-temperature the value of
+--temperature. --clip-lambda .1 is a choice of ours. Vocabulary rows beyond the last
+token of the tokenizer (padding) are cut off both models, so that no probability lies
+there; the saved student is without them.
+
+    python algos/vopd.py
+    python algos/vopd.py --model Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B \
+        --data prompts.jsonl --max-new-tokens 512
+
+The first trains a teacher and a weaker student on Countdown and distils one into the
+other with nothing to download, in about 5 minutes on 2 CPU cores (README.md has the
+measurements).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+import tyro
+from matplotlib.figure import Figure
+from tokenizers import Tokenizer, decoders, models
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+OWN = ("CURVE", "to_problem", "update", "evaluate", "check", "describe")  # names whose
+# text may differ from that in the other scripts
+CURVE = "eval/pass@.*|eval/reverse_kl"  # metrics that curve.png shows
+RANK = int(os.environ.get("RANK", 0))  # of torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+ESTIMATORS = "vopd", "vopd-topk", "sampled", "full", "topk", "clip"
+
+
+@dataclasses.dataclass
+class Args:
+    seed: int = 1  # of the data order, the sampling and the built-in models
+    steps: int = 100  # batches in the whole run, those before a --resume included
+    run_dir: str = ""  # folder of the run (default: runs/vopd/<time>-s<seed>)
+    resume: str = ""  # folder of a run to continue, under its own flags
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products
+    model: str = "tiny"  # student: tiny (built in), a local folder or a hub name
+    teacher: str = ""  # the same (default for a tiny student: trained for longer)
+    task: str = "countdown"  # countdown, countdown-4 (numbers), ... or a task.py
+    data: str = ""  # JSONL file of {"prompt": ...}, perhaps "answer", instead of --task
+    eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)
+    estimator: Literal[ESTIMATORS] = (
+        "vopd"  # of the reverse KL's gradient: the table above
+    )
+    top_k: int = 100  # tokens in the KL of vopd-topk and topk (at most V)
+    clip_lambda: float = 0.1  # lam of clip, between 0 and 1
+    prompts_per_step: int = 256  # prompts in a batch, over all ranks
+    group_size: int = 1  # completions of each prompt
+    max_new_tokens: int = 24  # length at which a completion is cut off
+    temperature: float = 1.0  # of sampling, and inside every log-prob of the student
+    teacher_temperature: float = 1.0  # divides the teacher's logits
+    learning_rate: float | None = None  # default: 1e-3 for tiny, 1e-6 for other models
+    warmup_steps: int = 10  # steps over which the learning rate rises
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    micro_batch_size: int = 64  # completions in one forward and backward pass
+    rollout_batch_size: int = 512  # completions decoded side by side
+    gradient_checkpointing: bool = False  # recompute activations to save memory
+    mask_truncated: bool = False  # leave cut-off completions out of the loss
+    eval_every: int = 50  # steps between evaluations
+    eval_prompts: int = 256  # held-out problems in an evaluation
+    eval_samples: int = 8  # completions of each of them
+    save_every: int = 50  # steps between checkpoints
+    track: bool = False  # mirror the metrics to Weights & Biases
+    wandb_project: str = "onefile-rl"  # project there
+
+
+def fail(message: str) -> NoReturn:
+    """Stop with one line about what the user can put right, exit code 2."""
+    tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Turn an exception inside into one line: `what` went wrong, and why."""
+    try:
+        yield
+    except Exception as e:
+        fail(f"{what}: {type(e).__name__}: {e}")
+
+
+# ------------------------------------- Task -------------------------------------------
+
+
+class Problem(NamedTuple):
+    """A prompt (text or chat messages), what the reward needs, and a worked answer."""
+
+    prompt: str | list[dict]
+    answer: object
+    solution: str = ""
+
+
+OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+OPERATORS["/"] = lambda a, b: a // b if b and a % b == 0 else -1  # -1 is never a result
+
+
+def countdown_problems(split: str, seed: int, size: int) -> Iterator[Problem]:
+    """Endless problems such as "3 5 7 2=24:" with the answer "3*5=15;15+7=22;22+2=24":
+    each number and each result is used once. The sorted numbers and the target decide
+    whether a problem is held out, so the splits share none."""
+    rng = random.Random(f"{split} {seed}")
+    while True:
+        given = rng.choices(range(1, 16), k=size)
+        pool, steps = list(given), []
+        while len(pool) > 1 and 0 <= pool[-1] <= 99:
+            a, b = (pool.pop(rng.randrange(len(pool))) for _ in "ab")
+            sign = rng.choice("+-*/")
+            pool.append(OPERATORS[sign](a, b))
+            steps.append(f"{a}{sign}{b}={pool[-1]}")
+        held_out = random.Random(f"{sorted(given)} {pool}").random() < 1 / 8
+        if 0 <= pool[-1] <= 99 and held_out == (split == "eval"):
+            prompt = f"{' '.join(map(str, given))}={pool[0]}:"
+            yield Problem(prompt, [given, pool[0]], ";".join(steps))
+
+
+def countdown_reward(problem: Problem, completion: str) -> float:
+    """1.0 for right steps that use every number once and reach the target, else 0.0."""
+    given, target = problem.answer
+    pool = list(given)
+    for step in completion[: 20 * len(given)].split(";"):
+        match = re.fullmatch(r"([0-9]{1,4})([-+*/])([0-9]{1,4})=([0-9]{1,4})", step)
+        if not match:
+            return 0.0
+        a, b, result = int(match[1]), int(match[3]), int(match[4])
+        for operand in (a, b):
+            if operand not in pool:
+                return 0.0
+            pool.remove(operand)
+        if OPERATORS[match[2]](a, b) != result:
+            return 0.0
+        pool.append(result)
+    return float(pool == [target] and len(completion) <= 20 * len(given))
+
+
+TASKS = {"countdown": (countdown_problems, countdown_reward, 3)}  # 3: default size
+
+
+def answer_reward(problem: Problem, completion: str) -> float:
+    """For --data: 1.0 if the answer is the text after the last "Answer:" (all the text
+    if there is none) or the last number in it, else 0.0."""
+    text = completion[-1000:].rpartition("Answer:")[2].strip().rstrip(".")
+    numbers = re.findall(r"-?[0-9]+(?:[.,][0-9]+)*", text)
+    return float(str(problem.answer).strip() in (text, *numbers[-1:]))
+
+
+def to_problem(item: Problem | dict) -> Problem:
+    """A line of --data, or what a task.py yields, as a Problem; an answer may lack."""
+    if isinstance(item, Problem):
+        return item
+    return Problem(item["prompt"], item.get("answer"), item.get("solution", ""))
+
+
+def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
+    """Problems to train on, held-out ones (none in both), reward(problem, text)."""
+    where, splits = args.data or args.task, ("train", "eval")
+    files, (name, _, size) = [where, where], args.task.partition("-")
+    if args.data:
+        files, sources = [args.data, args.eval_data or args.data], []
+        for file in files:
+            with blame(f"cannot read {file}"):
+                sources.append(list(Path(file).open(encoding="utf-8")))
+        reward = answer_reward
+    elif name in TASKS and re.fullmatch("[2-9]?", size):
+        problems, reward, default = TASKS[name]
+        n = int(size or default)
+        sources = [problems(split, args.seed, n) for split in splits]
+    elif args.task.endswith(".py"):
+        with blame(f"{where} is no task with the functions problems and reward"):
+            plugin = runpy.run_path(args.task)
+            reward, problems = plugin["reward"], plugin["problems"]
+            sources = [iter(problems(split, args.seed)) for split in splits]
+    else:
+        known = ", ".join(f"{name}, {name}-4" for name in TASKS)
+        fail(f"unknown task {where!r}: give {known} (sizes 2 to 9) or a task.py")
+    parsed = [], []
+    many = 20_000, args.eval_prompts
+    for file, problems, source, most in zip(files, parsed, sources, many):
+        most = None if args.data else most  # generators may be endless
+        for i, item in enumerate(itertools.islice(source, most), 1):
+            with blame(f"{file}, line {i}: no object with prompt and answer"):
+                problems.append(to_problem(json.loads(item) if args.data else item))
+    held_out = parsed[1][:: 10 if args.data and not args.eval_data else 1]
+    held_out = held_out[: args.eval_prompts]
+    seen = {str(problem.prompt) for problem in held_out}
+    train = [problem for problem in parsed[0] if str(problem.prompt) not in seen]
+    if len(train) < args.prompts_per_step or len(held_out) < WORLD_SIZE:
+        counts = f"{len(train)} problems to train on, {len(held_out)} held out"
+        fail(
+            f"{' or '.join(files)}: {counts}, and a step takes {args.prompts_per_step}"
+        )
+    score(reward, train[:1], [train[0].solution])  # a broken reward ends here
+    return train, held_out, reward
+
+
+def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.Tensor:
+    """Rewards (B,) float32; an error or a non-number names its sample and stops."""
+    rewards = []
+    for i, (problem, text) in enumerate(zip(problems, texts)):
+        with blame(f"the reward failed on sample {i}, completion {text!r}"):
+            rewards.append(reward(problem, text))
+            if np.ndim(rewards[-1]) or not np.isfinite(rewards[-1]):
+                raise ValueError(f"{rewards[-1]} is not a finite number")
+    return torch.tensor(rewards, dtype=torch.float32)
+
+
+# ------------------------------------- Model ------------------------------------------
+
+
+def warm_start(problems: list[Problem], seed: int, steps: int, width: int) -> tuple:
+    """A Qwen3 (width 128: 0.8 M parameters), one token a character, trained on batches
+    of 64 worked answers; and its tokenizer."""
+    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    characters = [*special.values(), "\n", *map(chr, range(32, 127))]
+    vocabulary = {character: i for i, character in enumerate(characters)}
+    backend = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    special |= dict(tokenizer_object=backend)
+    tokenizer = transformers.PreTrainedTokenizerFast(**special)
+    shape = dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4)
+    shape |= dict(vocab_size=len(characters), max_position_embeddings=512)
+    ids = dict(pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    config = transformers.Qwen3Config(tie_word_embeddings=True, **shape, **ids)
+    torch.manual_seed(seed)
+    model = transformers.Qwen3ForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in tqdm(range(steps), "warm start, once", leave=False):
+        batch = [problems[i] for i in torch.randint(len(problems), (64,))]
+        prompts = tokenizer([p.prompt for p in batch])["input_ids"]
+        answers = tokenizer([p.solution + "<eos>" for p in batch])["input_ids"]
+        tokens = torch.cat([pad(prompts, 0, "left"), pad(answers, 0, "right")], -1)
+        mask, width = (tokens != 0).long(), max(map(len, answers))
+        logprobs, _ = token_logprobs(model, tokens, mask, width, temperature=1.0)
+        (-logprobs.sum() / mask[:, -width:].sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model, tokenizer
+
+
+def tiny_model(problems: list[Problem], seed: int, steps=450, width=128) -> str:
+    """Folder of the warm-started model, cached under a hash of all that defines it."""
+    solved = [p for p in problems if isinstance(p.prompt, str) and p.solution]
+    if not solved:
+        fail("the tiny model needs worked answers to start from: give a --model")
+    parts = warm_start, token_logprobs, last_hidden, pad
+    defined = [[inspect.getsource(part) for part in parts], solved, seed, steps, width]
+    defined += [torch.__version__, transformers.__version__]
+    name = f"tiny-{hashlib.sha256(json.dumps(defined).encode()).hexdigest()[:16]}"
+    path, new = Path("runs/cache", name), Path("runs/cache", f"{name}.{os.getpid()}")
+    if not path.exists() and RANK == 0:
+        for part in warm_start(solved, seed, steps, width):
+            part.save_pretrained(new)
+        with contextlib.suppress(OSError):  # another process was first
+            new.rename(path)
+        shutil.rmtree(new, ignore_errors=True)
+    if WORLD_SIZE > 1:
+        dist.barrier()
+    return str(path)
+
+
+def load_model(name: str, args: Args) -> tuple:
+    """Model (fp32 weights, no dropout) and tokenizer of a folder or a hub name."""
+    with blame(f"cannot load the model {name!r}"):
+        config = transformers.AutoConfig.from_pretrained(name)
+        for key in [key for key in vars(config) if "drop" in key]:
+            setattr(config, key, 0.0)
+        kwargs = dict(config=config, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if tokenizer.eos_token_id is None:
+            raise ValueError("its tokenizer has no EOS token, so no completion can end")
+        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(config, key, None) not in (None, 1.0):
+                raise ValueError(f"its logits are changed after the head by {key}")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.to(args.device), tokenizer
+
+
+def load_teacher(problems: list[Problem], args: Args) -> tuple:
+    """The teacher, which never gets gradients (in bf16 on a GPU), and its tokenizer;
+    for the tiny student a model twice as wide, trained for longer."""
+    name = args.teacher or tiny_model(problems, args.seed, steps=2500, width=192)
+    teacher, tokenizer = load_model(name, args)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    return teacher.to(dtype).requires_grad_(False), tokenizer
+
+
+def autocast(args: Args) -> torch.autocast:
+    """Matrix products in bf16 if --dtype says so; the weights themselves stay fp32."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def all_reduce(x: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
+    """x summed over torchrun's ranks, in place; x itself in a single process."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(x, getattr(dist.ReduceOp, operation))
+    return x
+
+
+# ------------------------------------ Rollout -----------------------------------------
+
+
+@dataclasses.dataclass
+class Rollout:
+    """B completions, the groups of the prompts one after another. T = P + C."""
+
+    tokens: torch.Tensor  # (B, T) int64, prompts left-padded, completions right-padded
+    attention_mask: torch.Tensor  # (B, T) int64
+    completion_mask: torch.Tensor  # (B, C) float32, first EOS inclusive
+    logprobs: torch.Tensor  # (B, C) float32, as sampled, at the sampling temperature
+    rewards: torch.Tensor  # (B,) float32
+    truncated: torch.Tensor  # (B,) bool: no EOS
+    texts: list[str]  # B completions without special tokens
+
+
+def pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
+    """Rows of ids as one tensor (rows, longest), padded on the left or the right."""
+    return pad_sequence([torch.tensor(r) for r in rows], True, value, padding_side=side)
+
+
+def encode_prompts(tokenizer, problems: list[Problem], longest: int) -> list[list[int]]:
+    """Token ids of the prompts: text as it is, messages by the chat template, once."""
+    encoded = []
+    for i, (prompt, *_) in enumerate(problems):
+        with blame(f"prompt {i} ({str(prompt)[:60]!r}) cannot be used"):
+            if isinstance(prompt, str):
+                bare = not prompt.startswith(tokenizer.bos_token or "\0")  # not twice
+                ids = tokenizer(prompt, add_special_tokens=bare)["input_ids"]
+            else:
+                ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+                ids = ids["input_ids"]
+            if not 0 < len(ids) <= longest:
+                raise ValueError(f"{len(ids)} tokens, there is room for {longest}")
+        encoded.append(ids)
+    return encoded
+
+
+def uniforms(args: Args, step: int, prompts: int, samples: int) -> torch.Tensor:
+    """Noise (prompts x samples, max_new_tokens) float64 in [0, 1), this rank's share: a
+    function of seed and step alone, whatever ran before and however many ranks run."""
+    shape = prompts, samples, args.max_new_tokens
+    noise = np.random.default_rng([args.seed, step]).random(shape)[RANK::WORLD_SIZE]
+    return torch.from_numpy(noise).flatten(0, 1)
+
+
+def completion_mask(completions: torch.Tensor, eos_token_id: int) -> tuple:
+    """Mask (B, C) float32 up to the first EOS inclusive; truncated (B,) bool: no EOS.
+    Places decide, not the padding's value: pad == eos is fine."""
+    is_eos = completions == eos_token_id
+    return (is_eos.cumsum(-1) - is_eos.long() == 0).float(), ~is_eos.any(-1)
+
+
+@torch.no_grad()
+def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> tuple:
+    """Completions (B, C) from the plain softmax at a temperature, and log-probs (B, C).
+
+    prompts (N, P), left-padded, are read once and shared by their B / N completions.
+    noise (B, C) in [0, 1) is all the randomness there is: the inverse CDF turns it into
+    tokens, so a completion does not depend on its neighbours. No warper of the
+    checkpoint's generation_config takes part. Finished rows are dropped.
+    """
+    exact = torch.float32 if prompts.device.type == "mps" else torch.float64
+    completions = torch.full(noise.shape, eos_token_id, device=prompts.device)
+    logprobs = torch.zeros(noise.shape, device=prompts.device)
+    inputs, positions = prompts, (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    rows = torch.arange(len(noise), device=prompts.device)  # still being decoded
+    cache = transformers.DynamicCache()
+    for t in range(noise.shape[1]):
+        kwargs = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
+        kwargs |= dict(attention_mask=attention_mask, position_ids=positions)
+        logits = model(input_ids=inputs, **kwargs).logits[:, -1].float() / temperature
+        if t == 0:
+            group_size = len(noise) // len(prompts)
+            cache.batch_repeat_interleave(group_size)
+            logits, attention_mask, positions = (
+                x.repeat_interleave(group_size, 0)
+                for x in (logits, attention_mask, positions[:, -1:])
+            )
+        log_softmax = logits.log_softmax(-1)
+        cdf = log_softmax.to(exact).exp().cumsum(-1)
+        point = noise[rows, t, None].to(exact) * cdf[:, -1:]
+        token = torch.searchsorted(cdf, point, right=True).clamp(max=cdf.shape[-1] - 1)
+        completions[rows, t] = token[:, 0]
+        logprobs[rows, t] = log_softmax.gather(-1, token)[:, 0]
+        running = (completions[rows, : t + 1] != eos_token_id).all(-1)
+        if not running.any():
+            break
+        if running.float().mean() < 0.8:  # enough are finished for the copy to pay
+            rows, token, attention_mask, positions = (
+                x[running] for x in (rows, token, attention_mask, positions)
+            )
+            cache.batch_select_indices(running.nonzero()[:, 0])
+        inputs, positions = token, positions + 1
+        attention_mask = torch.cat([attention_mask, torch.ones_like(token)], -1)
+    return completions, logprobs
+
+
+def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> Rollout:
+    """Completions of the prompts, len(noise) / len(prompts) of each; no rewards yet."""
+    model.eval()
+    eos, group_size = tokenizer.eos_token_id, len(noise) // len(prompts)
+    ids = pad(prompts, tokenizer.pad_token_id, "left").to(args.device)
+    seen = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(args.device)
+    noise, n = noise.to(args.device), max(1, args.rollout_batch_size // group_size)
+    batches = zip(ids.split(n), seen.split(n), noise.split(n * group_size))
+    with autocast(args):
+        parts = [decode(model, *batch, args.temperature, eos) for batch in batches]
+    completions, logprobs = (torch.cat(part) for part in zip(*parts))
+    mask, truncated = completion_mask(completions, eos)
+    width = int(mask.sum(-1).max())
+    completions, logprobs, mask = (x[:, :width] for x in (completions, logprobs, mask))
+    completions = completions.masked_fill(mask == 0, tokenizer.pad_token_id)
+    ids, seen = (x.repeat_interleave(group_size, 0) for x in (ids, seen))
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    tokens = torch.cat([ids, completions], -1)
+    attention_mask = torch.cat([seen, mask.long()], -1)
+    rewards = torch.zeros(len(mask), device=args.device)
+    logprobs = logprobs * mask
+    return Rollout(tokens, attention_mask, mask, logprobs, rewards, truncated, texts)
+
+
+# -------------------------------- Log-probabilities -----------------------------------
+
+
+def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
+    """What the head reads to score the last C columns of tokens (B, T): hidden states
+    (n, D), with gradient, and which n of the (B, C) tokens they predict, bool: those
+    that attention_mask (B, T) has. Columns of nothing but padding are cut off."""
+    used = attention_mask.any(0).nonzero()[:, 0]
+    start, end = int(used[0]), int(used[-1]) + 1
+    scored = attention_mask[:, -completion_length:].bool()
+    width = completion_length - (tokens.shape[1] - end)
+    mask = attention_mask[:, start:end]
+    kwargs = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    output = model.base_model(tokens[:, start:end], use_cache=False, **kwargs)
+    return output.last_hidden_state[:, -1 - width : -1][scored[:, :width]], scored
+
+
+def token_logprobs(
+    model, tokens, attention_mask, completion_length: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs (B, C), with gradient, and entropies (B, C) of the last C columns of
+    tokens (B, T), in nats; 0 where attention_mask (B, T) is. Logits of at most 2^26 / V
+    tokens exist at once: the backward pass makes them again, chunk by chunk."""
+    head = model.get_output_embeddings()
+
+    def chunk_logprobs(hidden, targets):
+        log_softmax = (head(hidden).float() / temperature).log_softmax(-1)
+        entropy = -(log_softmax.detach().exp() * log_softmax.detach()).sum(-1)
+        return log_softmax.gather(-1, targets[:, None])[:, 0], entropy
+
+    hidden, scored = last_hidden(model, tokens, attention_mask, completion_length)
+    targets, n = tokens[:, -completion_length:][scored], 2**26 // head.weight.shape[0]
+    pairs = zip(hidden.split(n + 1), targets.split(n + 1))
+    parts = [checkpoint(chunk_logprobs, *pair, use_reentrant=False) for pair in pairs]
+    zeros = torch.zeros(scored.shape, device=tokens.device)
+    return tuple(zeros.masked_scatter(scored, torch.cat(x)) for x in zip(*parts))
+
+
+# --------------------------------- THE ALGORITHM --------------------------------------
+
+
+def same_vocabulary(model, tokenizer, teacher, teacher_tokenizer) -> None:
+    """Refuse a teacher whose ids are other tokens. Rows beyond the last token, which
+    pad a vocabulary, are cut off both models: none can be sampled or has a share."""
+    ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    for token in sorted(ours.keys() | theirs.keys(), key=str) if ours != theirs else ():
+        if ours.get(token) != theirs.get(token):
+            ids = f"is {ours.get(token)} for the student, {theirs.get(token)} for the"
+            fail(
+                f"the vocabularies differ: {token!r} {ids} teacher; both must be equal"
+            )
+    size = max(ours.values()) + 1
+    for who, part in (("student", model), ("teacher", teacher)):
+        rows = part.get_output_embeddings().weight.shape[0]
+        if rows < size:
+            fail(f"the {who} has {rows} logits, fewer than the {size} tokens")
+        part.resize_token_embeddings(size)
+
+
+def top_ids(logits: torch.Tensor, k: int, block: int = 64) -> torch.Tensor:
+    """Ids (..., k) of the k largest logits. Exact, and faster than sorting all of them:
+    the k blocks with the largest maxima hold them. What is left over is no block."""
+    blocks = logits[..., : logits.shape[-1] // block * block].unflatten(-1, (-1, block))
+    if blocks.shape[-2] <= k:
+        return logits.topk(k).indices
+    ids = blocks.amax(-1).topk(k).indices[..., None] * block
+    ids = (ids + torch.arange(block, device=ids.device)).flatten(-2)
+    rest = torch.arange(blocks.shape[-2] * block, logits.shape[-1], device=ids.device)
+    ids = torch.cat([ids, rest.expand(*ids.shape[:-1], -1)], -1)
+    return ids.gather(-1, logits.gather(-1, ids).topk(k).indices)
+
+
+def reverse_kl(student_logits, teacher_logits) -> torch.Tensor:
+    """KL(p || q) (...) in nats of logits (..., V), with gradient."""
+    log_p, log_q = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def distill_advantages(
+    student_logits,
+    teacher_logits,
+    tokens,
+    estimator,
+    top_k=100,
+    clip_lambda=0.1,
+    p=None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """a and the reverse KL as the estimator sees it, both (B, C) in nats and detached;
+    but full and topk have a = 0, and their KL, which is their loss, has its gradient
+    (the six of the paper's official code).
+
+    student_logits, teacher_logits (B, C, V), divided by their temperatures; tokens
+    (B, C), drawn from the student; p (B, C, V), detached: its softmax, if known.
+    ValueError: there is no such estimator.
+    """
+    s, t = student_logits.detach(), teacher_logits.detach()
+    if estimator == "full":  # exact: nothing is left to the action
+        kl = reverse_kl(student_logits, t)
+        return torch.zeros_like(kl.detach()), kl
+    if "topk" in estimator:
+        ids = top_ids(s, min(top_k, s.shape[-1]))
+        kl = reverse_kl(student_logits.gather(-1, ids), t.gather(-1, ids))
+    if estimator == "topk":  # biased: mass moves inside the k, never in or out
+        return torch.zeros_like(kl.detach()), kl
+    p = s.softmax(-1) if p is None else p
+    s_y, t_y, p_y = (x.gather(-1, tokens[..., None])[..., 0] for x in (s, t, p))
+    log_p = p_y.clamp(min=torch.finfo(p.dtype).tiny).log()
+    log_q = t_y - t.logsumexp(-1)
+    r = log_q - log_p
+    if estimator == "sampled":  # unbiased, noisy: E[r grad log p] = -grad KL(p || q)
+        return r, -r
+    if estimator == "clip":  # biased: tokens that the teacher rejects count too little
+        return r.clamp(min=math.log(clip_lambda) / (1 - clip_lambda)), -r
+    if estimator == "vopd":  # unbiased: E[KL grad log p] = KL grad sum(p) = 0
+        kl = torch.linalg.vecdot(p, s) - torch.linalg.vecdot(p, t)  # E[s - t] less
+        kl = kl - (s_y - log_p) + (t_y - log_q)  # both logsumexp
+        return r + kl, kl
+    if estimator == "vopd-topk":  # unbiased: y has no part in this KL either
+        return r + kl.detach(), kl.detach()
+    raise ValueError(f"no estimator {estimator!r}")
+
+
+def distill_loss(
+    student_logits, teacher_logits, tokens, mask, estimator, top_k=100, denominator=1,
+    clip_lambda=0.1,
+) -> tuple[torch.Tensor, dict]:  # fmt: skip
+    """The loss of the docstring above, a scalar; for full and topk the mean KL.
+
+    Shapes as above; mask (B, C): 1 where a token counts; denominator: Z. Losses and
+    stats (tokens; reverse_kl: its sum) of chunks add up to those of the batch. What is
+    kept for the backward pass is p, which vopd needs anyway: with p held fixed,
+    grad log p(y) = grad (s_y - sum_v p_v s_v), s: the student's logits.
+    """
+    p = (
+        student_logits.detach().softmax(-1)
+        if estimator not in ("full", "topk")
+        else None
+    )
+    pair = student_logits, teacher_logits
+    A, kl = distill_advantages(*pair, tokens, estimator, top_k, clip_lambda, p)
+    losses = kl
+    if p is not None:
+        s_y, p_y = (
+            x.gather(-1, tokens[..., None])[..., 0] for x in (student_logits, p)
+        )
+        score = s_y - torch.linalg.vecdot(p, student_logits)
+        log_p = score - score.detach() + p_y.clamp(min=torch.finfo(p.dtype).tiny).log()
+        losses = -A * log_p
+    loss = (losses * mask).sum() / max(denominator, 1)
+    return loss, {"tokens": mask.sum(), "reverse_kl": (kl.detach() * mask).sum()}
+
+
+def distill(model, teacher, rollout, mask, z, args) -> torch.Tensor:
+    """Sums (3,) over the tokens that mask (B, C) has: loss, reverse KL, tokens. Where
+    gradients are on they are added to the weights'.
+
+    Of neither model a (B, C, V) tensor exists: each chunk of at most 2^26 / V tokens
+    is done with its logits, backward pass included, before the next one is made.
+    """
+    totals, width = torch.zeros(3, device=mask.device), mask.shape[1]
+    head, teacher_head = (x.get_output_embeddings() for x in (model, teacher))
+    n = 2**26 // head.weight.shape[0] + 1
+
+    def chunk_sums(hidden, teacher_hidden, tokens, mask):
+        with autocast(args):
+            s, t = head(hidden[None]), teacher_head(teacher_hidden[None])
+        s, t = s.float() / args.temperature, t.float() / args.teacher_temperature
+        batch = s, t, tokens[None], mask[None]
+        loss, stats = distill_loss(
+            *batch, args.estimator, args.top_k, z, args.clip_lambda
+        )
+        if loss.requires_grad:
+            loss.backward()
+        return torch.stack([loss.detach(), stats["reverse_kl"], stats["tokens"]])
+
+    live = mask.any(-1).nonzero()[:, 0]
+    live = live[mask[live].sum(-1).argsort(stable=True)]  # like lengths side by side
+    for rows in live.split(args.micro_batch_size) if len(live) else ():
+        tokens, weights = rollout.tokens[rows], mask[rows]
+        batch = tokens, rollout.attention_mask[rows], width
+        with autocast(args):
+            hidden, scored = last_hidden(model, *batch)
+            with torch.no_grad():
+                teacher_hidden, _ = last_hidden(teacher, *batch)
+        grad = hidden.requires_grad
+        chunks = [h.detach().requires_grad_(grad) for h in hidden.split(n)]
+        rest = teacher_hidden, tokens[:, -width:][scored], weights[scored]
+        for chunk in zip(chunks, *(x.split(n) for x in rest)):
+            totals += chunk_sums(*chunk)
+        if grad:
+            hidden.backward(torch.cat([h.grad for h in chunks]))
+    return totals
+
+
+def update(model, teacher, optimizer, rollout, args) -> dict[str, float]:
+    """One optimiser step on one batch, and its statistics. There is no second step: the
+    data would be off-policy, and then no baseline is free of bias."""
+    model.train()  # gradient checkpointing asks for it; there is no dropout
+    mask = rollout.completion_mask
+    if args.mask_truncated:
+        mask = mask * ~rollout.truncated[:, None]
+    totals = distill(model, teacher, rollout, mask, all_reduce(mask.sum()), args)
+    norm, change = optimizer_step(model, optimizer, args.max_grad_norm)
+    loss, kl, tokens = all_reduce(totals).tolist()
+    stats = {"loss": loss, "reverse_kl": kl / max(tokens, 1.0)}
+    return stats | {"grad_norm": norm, "relative_update": change}
+
+
+def optimizer_step(model, optimizer, max_grad_norm: float) -> tuple[float, float]:
+    """One step along the sum of the ranks' gradients. Its norm before clipping, and
+    |change| / |weights| measured on the first 4,096 entries of each tensor."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    before = torch.cat([p.detach().flatten()[:4096] for p in parameters])
+    optimizer.step()
+    optimizer.zero_grad()
+    after = torch.cat([p.detach().flatten()[:4096] for p in parameters])
+    return norm.item(), ((after - before).norm() / before.norm()).item()
+
+
+# ----------------------------------- Evaluation ---------------------------------------
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate from c right in n samples (Chen et al. 2021, equation 1)."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def evaluate(
+    model, teacher, tokenizer, prompts, problems, reward, args
+) -> dict[str, float]:
+    """Reverse KL per token of n = eval_samples completions of each held-out problem,
+    over the whole vocabulary; pass@1, pass@n (right: a reward of 1 or more) and mean
+    reward if there is one. Shared by the ranks; always the same noise."""
+    n, mine = args.eval_samples, slice(RANK, None, WORLD_SIZE)
+    noise = uniforms(args, 0, len(problems), n)
+    rollout = generate(model, tokenizer, prompts[mine], noise, args)
+    exact = dataclasses.replace(args, estimator="full")
+    with torch.no_grad():
+        sums = distill(model, teacher, rollout, rollout.completion_mask, 1, exact)
+    _, kl, tokens = all_reduce(sums).tolist()
+    metrics = {"eval/reverse_kl": kl / tokens}
+    if reward:
+        posed = [problem for problem in problems[mine] for _ in range(n)]
+        rewards = score(reward, posed, rollout.texts)
+        right = (rewards.view(-1, n) >= 1).sum(-1).tolist()
+        sums = [sum(pass_at_k(n, c, k) for c in right) for k in (1, n)]
+        sums = all_reduce(torch.tensor([*sums, rewards.sum() / n], device=args.device))
+        names = "eval/pass@1", f"eval/pass@{n}", "eval/reward"
+        metrics |= dict(zip(names, (sums / len(problems)).tolist()))
+    return metrics
+
+
+# ----------------------------------- Run folder ---------------------------------------
+
+
+def open_run(args: Args, step: int) -> None:
+    """Make the folder of a new run, or cut the logs of a resumed one after `step`."""
+    run_dir, here = Path(args.run_dir), Path(__file__).parent
+    with blame(f"cannot open the run folder {run_dir}"):
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        for log in run_dir.glob("*.jsonl"):
+            lines = [x for x in log.read_text().splitlines(True) if x.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            log.with_suffix(".new").write_text("".join(kept))
+            log.with_suffix(".new").replace(log)
+        git = ["git", "rev-parse", "HEAD"] if shutil.which("git") else ["true"]
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout
+        gpu = torch.cuda.get_device_name() if args.device == "cuda" else "no GPU"
+        about = {"python": sys.version, "torch": torch.__version__}
+        about |= {"transformers": transformers.__version__, "commit": commit.strip()}
+        about |= {"hardware": f"{os.cpu_count()} CPU cores, {gpu}", "args": vars(args)}
+        (run_dir / "args.new").write_text(json.dumps(about, indent=1))
+        (run_dir / "args.new").replace(run_dir / "args.json")
+
+
+def write_logs(args: Args, metrics: dict, sample: dict) -> None:
+    """A line of metrics.jsonl and of samples.jsonl; wandb may fail, training not."""
+    if RANK > 0:
+        return
+    with blame(f"cannot write in {args.run_dir}"):
+        for name, record in (("metrics", metrics), ("samples", sample)):
+            with Path(args.run_dir, f"{name}.jsonl").open("a") as file:
+                file.write(json.dumps({"step": metrics["step"]} | record) + "\n")
+    try:
+        if args.track:
+            import wandb
+
+            if wandb.run is None:
+                mode = "online" if wandb.api.api_key else "offline"
+                mode = os.environ.get("WANDB_MODE", mode)
+                wandb.init(project=args.wandb_project, dir=args.run_dir, mode=mode)
+            wandb.log(metrics, step=metrics["step"])
+    except Exception as e:
+        args.track = False
+        tqdm.write(f"wandb is off from here on: {e}")
+
+
+def save_checkpoint(run_dir: Path, step: int, model, tokenizer, optimizer) -> None:
+    """checkpoint/ of the run, written beside, then renamed: one is always whole."""
+    new, last, old = (run_dir / f"checkpoint{x}" for x in (".new", "", ".old"))
+    try:
+        with blame(f"cannot save step {step} in {run_dir} (the last save is whole)"):
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            state = {"step": step, "optimizer": optimizer.state_dict()}
+            torch.save(state, new / "state.pt")
+            for path in [*new.iterdir(), new]:
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+            if last.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                last.rename(old)
+            new.rename(last)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def draw_curve(run_dir: Path) -> None:
+    """curve.png: the metrics whose names match CURVE, from metrics.jsonl."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    axes = Figure(figsize=(6, 4), layout="constrained").add_subplot()
+    names = dict.fromkeys(name for record in records for name in record)
+    names = [name for name in names if re.fullmatch(CURVE, name)]
+    for name, style in zip(names, ["o-", "s--", "-", ":"]):
+        points = [(r["step"], r[name]) for r in records if name in r]
+        axes.plot(*zip(*points), style, markersize=4, label=name)
+    axes.set(xlabel="step", ylim=(0, None), title=run_dir.name)
+    axes.legend()
+    with blame(f"cannot draw {run_dir}/curve.png"):
+        axes.figure.savefig(run_dir / "curve.png", dpi=120)
+
+
+# -------------------------------------- Main ------------------------------------------
+
+
+def read_flags(default: Args | None = None) -> Args:
+    """The command line; a wrong flag is one line instead of tyro's box."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, default=default, description=__doc__.split("\n")[0])
+    except SystemExit:
+        if box.getvalue():  # not --help
+            fail(re.sub(r"[^ -~]", " ", box.getvalue()))
+        raise
+
+
+def check(args: Args) -> None:
+    """Refuse flags that cannot be, and fill in --learning-rate."""
+    may_be_0 = "seed", "warmup_steps"
+    for name, value in vars(args).items():
+        number, zero = type(value) in (int, float), value == 0 and name in may_be_0
+        if number and not (zero or 0 < value < math.inf):  # nan is neither
+            fail(f"--{name.replace('_', '-')} is {value}: it must be above 0")
+    if args.learning_rate is None:
+        args.learning_rate = 1e-3 if args.model == "tiny" else 1e-6
+    for wrong, message in (
+        (args.clip_lambda >= 1, "--clip-lambda must be below 1"),
+        (args.model != "tiny" and not args.teacher, "--model needs a --teacher"),
+        (args.eval_data and not args.data, "--eval-data needs --data"),
+        (args.prompts_per_step % WORLD_SIZE, "ranks must divide --prompts-per-step"),
+    ):
+        if wrong:
+            fail(message)
+
+
+def parse_args() -> Args:
+    """The flags, checked and completed; those of the run itself if one is resumed."""
+    args = read_flags()
+    if args.resume:
+        last, old = (Path(args.resume, f"checkpoint{x}") for x in ("", ".old"))
+        with blame(f"{args.resume} holds no run to resume"):
+            if old.exists() and not last.exists():  # killed between the two renames
+                old.rename(last)
+            saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
+            saved = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
+            done = torch.load(last / "state.pt", weights_only=True)["step"]
+        args, free = read_flags(saved), ("steps", "save_every", "track")
+        for name, value in vars(saved).items():
+            if getattr(args, name) != value and name not in free:
+                flag = f"--{name.replace('_', '-')}"
+                fail(f"{flag} contradicts the run in {args.resume}: it has {value!r}")
+        if args.steps <= done:
+            fail(f"{args.resume} is at step {done} already: give more --steps")
+    now = time.strftime("%Y%m%d-%H%M%S")
+    args.run_dir = args.run_dir or f"runs/{Path(__file__).stem}/{now}-s{args.seed}"
+    found = [x for x in ("cuda", "mps") if getattr(torch, x).is_available()] + ["cpu"]
+    if args.device == "auto":
+        args.device = found[0]
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
+    if args.device not in found:
+        fail(f"there is no {args.device} here: use --device cpu")
+    if Path(args.run_dir).exists() and not args.resume:
+        fail(f"{args.run_dir} exists: give another --run-dir, or --resume it")
+    check(args)
+    return args
+
+
+def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, float]:
+    """What the metrics say of a rollout (means over the ranks), of time and memory."""
+    lengths = rollout.completion_mask.sum(-1)
+    means = rollout.rewards, rollout.truncated.float(), lengths
+    means = all_reduce(torch.stack([x.mean() for x in means])) / WORLD_SIZE
+    names = "reward_mean", "truncated_share", "completion_length"
+    metrics = dict(zip(names, means.tolist()))
+    names = "seconds_rollout", "seconds_score", "seconds_update"
+    metrics |= dict(zip(names, np.diff(clock).tolist()))
+    tokens = metrics["completion_length"] * len(lengths) * WORLD_SIZE
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak
+    metrics["tokens_per_second"] = tokens / (clock[-1] - clock[0])
+    return metrics | {"peak_memory_gb": peak / 2**30}
+
+
+def train(args: Args) -> None:
+    """Sample, let the teacher score, update, log; evaluate and save now and then."""
+    transformers.utils.logging.disable_progress_bar()
+    problems, held_out, reward = load_task(args)
+    if args.data and any(p.answer is None for p in problems + held_out):
+        reward = None
+    teacher, teacher_tokenizer = load_teacher(problems, args)
+    name = tiny_model(problems, args.seed) if args.model == "tiny" else args.model
+    last, step, kl = Path(args.run_dir, "checkpoint"), 0, math.nan
+    model, tokenizer = load_model(str(last) if args.resume else name, args)
+    same_vocabulary(model, tokenizer, teacher, teacher_tokenizer)
+    longest = (x.config.max_position_embeddings for x in (model, teacher))
+    longest = min(longest) - args.max_new_tokens
+    prompts = encode_prompts(tokenizer, problems, longest)
+    tests = encode_prompts(tokenizer, held_out, longest)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    if args.resume:
+        state = torch.load(last / "state.pt", args.device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    run_dir, stops = Path(args.run_dir), []
+    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
+        signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
+    if RANK == 0:
+        open_run(args, step)
+    task = teacher, tokenizer, tests, held_out, reward, args
+    if step == 0:
+        metrics, best = evaluate(model, *task), evaluate(teacher, *task)
+        kl = metrics["eval/reverse_kl"]
+        metrics |= {x.replace("eval/", "eval/teacher_"): best[x] for x in best}
+        write_logs(args, {"step": 0} | metrics, {})
+    n, group_size = args.prompts_per_step, args.group_size
+    steps = range(step + 1, args.steps + 1)
+    bar = tqdm(steps, initial=step, total=args.steps, disable=RANK > 0)
+    for step in bar:
+        clock = [time.perf_counter()]
+        epoch, place = divmod(step - 1, len(problems) // n)
+        order = np.random.default_rng([args.seed, 1, epoch]).permutation(len(problems))
+        batch = order[place * n : (place + 1) * n][RANK::WORLD_SIZE]
+        noise = uniforms(args, step, n, group_size)
+        rollout = generate(model, tokenizer, [prompts[i] for i in batch], noise, args)
+        clock.append(time.perf_counter())
+        if reward:  # to be reported, nothing else
+            posed = [problems[i] for i in batch for _ in range(group_size)]
+            rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
+        clock.append(time.perf_counter())
+        warm = min(1.0, step / max(args.warmup_steps, 1))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * warm
+        stats = update(model, teacher, optimizer, rollout, args)
+        clock.append(time.perf_counter())
+        metrics = {"step": step} | describe(rollout, clock, args) | stats
+        if step % args.eval_every == 0 or step == args.steps:
+            metrics |= evaluate(model, *task)
+            kl = metrics["eval/reverse_kl"]
+        stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0
+        sample = {"prompt": tokenizer.decode(prompts[batch[0]])}  # the first group
+        sample |= {"completions": rollout.texts[:group_size]}
+        sample |= {"rewards": rollout.rewards[:group_size].tolist()}
+        shown = {"reverse_kl": metrics["reverse_kl"], "held out": kl}
+        shown |= {"tokens/s": round(metrics["tokens_per_second"])}
+        bar.set_postfix(shown, GB=metrics["peak_memory_gb"])
+        if not reward:
+            del metrics["reward_mean"], sample["rewards"]
+        write_logs(args, metrics, sample)
+        if step == 1 and RANK == 0:
+            tqdm.write(f"first prompt: {sample['prompt']!r}")
+            tqdm.write(f"first completion: {rollout.texts[0]!r}")
+            tqdm.write("a loss near 0 is normal: watch reverse_kl")
+        if (stop or step % args.save_every == 0 or step == args.steps) and RANK == 0:
+            save_checkpoint(run_dir, step, model, tokenizer, optimizer)
+            draw_curve(run_dir)
+        if stop:
+            print(f"stopped after step {step}; to go on: --resume {run_dir}")
+            sys.exit(130)
+    if RANK == 0:
+        logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+        print(f"{'':16} student before  student after  teacher")
+        for name in [x for x in logs[0] if x.replace("/", "/teacher_") in logs[0]]:
+            best = logs[0][name.replace("/", "/teacher_")]
+            print(f"{name:16} {logs[0][name]:14.3f} {logs[-1][name]:14.3f} {best:8.3f}")
+        print(f"run folder: {run_dir}")
+
+
+def main() -> None:
+    """The run that the command line asks for."""
+    args = parse_args()
+    if WORLD_SIZE > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    try:
+        train(args)
+    except KeyboardInterrupt:  # before the first step: there is nothing to save
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
