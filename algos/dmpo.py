@@ -1,0 +1,1116 @@
+"""DMPO: GRPO with distribution matching, in one file.
+
+Paper: Beyond Mode Collapse: Distribution Matching for Diverse Reasoning (2605.19461).
+
+GRPO raises what did better than its group, again and again, until one answer is left.
+DMPO adds a term that wants each group's answers in proportion: where several are good,
+several keep their share. For completions o_1..o_G of a prompt, rewards r_1..r_G:
+
+    p_i   = softmax_i(r_i / alpha)                     --dm-temperature alpha
+    phi_i = 1/|o_i| sum_t log pi_theta(o_i,t | c_t)    c_t: prompt and earlier tokens
+    q_i   = softmax_i(phi_i)
+    L_DM  = 1/G sum_i (p_i - q_i)^2                    --dm-divergence mse
+            sum_i p_i log(p_i / q_i)                                forward-kl
+            1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2        js
+    L     = L_GRPO + lambda L_DM                       --dm-coef lambda
+
+p is a constant, from the raw rewards; phi is of the current theta, unclipped, and has
+the gradient. L_GRPO is algos/grpo.py's -J, with its flags; --dm-coef 0 is that script.
+--dm-only drops it. Who steers is logged at each step as the mean over completions of
+|d loss / d phi_i|, in the same units: grpo_coefficient for L_GRPO (a change of phi_i
+moves all log-probs of o_i alike) and dm_coefficient for lambda L_DM.
+
+Differences. L_DM is the mean over the groups of a batch, which the paper does not say.
+With --mask-truncated cut-off completions leave both p and q, and G counts the others.
+The two other divergences are ours: the paper argues for the forward KL and runs the
+square. At one lambda they are not equally strong, so compare dm_coefficient. Tasks and
+their sizes are for a tiny model, the learning rate is constant after a warm-up.
+
+    python algos/dmpo.py
+    python algos/dmpo.py --model Qwen/Qwen3-0.6B --data train.jsonl --max-new-tokens 512
+
+The first learns to find large independent sets of small graphs, with nothing to
+download.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+import tyro
+from matplotlib.figure import Figure
+from tokenizers import Tokenizer, decoders, models
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+# names whose text may differ from that in the other scripts
+OWN = "CURVE", "TASKS", "update", "evaluate", "check"
+CURVE = "eval/sr|eval/qr|eval/qr@16|reward_mean"  # metrics that curve.png shows
+RANK = int(os.environ.get("RANK", 0))  # of torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+
+@dataclasses.dataclass
+class Args:
+    seed: int = 1  # of the data order, the sampling and the built-in model
+    steps: int = 300  # batches in the whole run, those before a --resume included
+    run_dir: str = ""  # folder of the run (default: runs/dmpo/<time>-s<seed>)
+    resume: str = ""  # folder of a run to continue, under its own flags
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products
+    model: str = "tiny"  # tiny (built in), a local folder or a hub name
+    task: str = "mis"  # mis, mis-9 (size), knapsack, tsp, countdown or a task.py
+    data: str = ""  # JSONL file of {"prompt": ..., "answer": ...}, instead of --task
+    eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)
+    prompts_per_step: int = 64  # prompts in a batch, over all ranks
+    group_size: int = 8  # completions of each prompt (G)
+    max_new_tokens: int = 24  # length at which a completion is cut off
+    temperature: float = 1.0  # of sampling, and inside every log-prob
+    learning_rate: float | None = None  # default: 1e-4 for tiny, 1e-6 for other models
+    warmup_steps: int = 10  # steps over which the learning rate rises
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    micro_batch_size: int = 64  # completions in one forward and backward pass
+    rollout_batch_size: int = 512  # completions decoded side by side
+    gradient_checkpointing: bool = False  # recompute activations to save memory
+    updates_per_batch: int = 1  # optimiser steps on each batch
+    clip_low: float = 0.2  # e_low: ratios are clipped at 1 - e_low
+    clip_high: float = 0.28  # e_high: ratios are clipped at 1 + e_high
+    advantage_scale: Literal["std", "none"] = "std"  # divide by the group's std, or not
+    normalization: Literal["token", "sequence", "constant"] = "token"  # of L_GRPO
+    dm_coef: float = 2.0  # lambda: weight of the distribution matching, 0 is GRPO
+    dm_temperature: float = 1 / 15  # alpha: the smaller, the sharper is the target p
+    dm_divergence: Literal["mse", "forward-kl", "js"] = "mse"  # between p and q
+    dm_only: bool = False  # train on the distribution matching alone
+    kl_coef: float = 0.0  # beta: weight of the KL to the initial model
+    mask_truncated: bool = False  # leave cut-off completions out of the loss
+    eval_every: int = 50  # steps between evaluations
+    eval_prompts: int = 256  # held-out problems in an evaluation
+    eval_samples: int = 16  # completions of each of them
+    save_every: int = 50  # steps between checkpoints
+    track: bool = False  # mirror the metrics to Weights & Biases
+    wandb_project: str = "onefile-rl"  # project there
+
+
+def fail(message: str) -> NoReturn:
+    """Stop with one line about what the user can put right, exit code 2."""
+    tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Turn an exception inside into one line: `what` went wrong, and why."""
+    try:
+        yield
+    except Exception as e:
+        fail(f"{what}: {type(e).__name__}: {e}")
+
+
+# ------------------------------------- Task -------------------------------------------
+
+
+class Problem(NamedTuple):
+    """A prompt (text or chat messages), what the reward needs, and a worked answer."""
+
+    prompt: str | list[dict]
+    answer: object
+    solution: str = ""
+
+
+OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+OPERATORS["/"] = lambda a, b: a // b if b and a % b == 0 else -1  # -1 is never a result
+
+
+def countdown_problems(split: str, seed: int, size: int) -> Iterator[Problem]:
+    """Endless problems such as "3 5 7 2=24:" with the answer "3*5=15;15+7=22;22+2=24":
+    each number and each result is used once. The sorted numbers and the target decide
+    whether a problem is held out, so the splits share none."""
+    rng = random.Random(f"{split} {seed}")
+    while True:
+        given = rng.choices(range(1, 16), k=size)
+        pool, steps = list(given), []
+        while len(pool) > 1 and 0 <= pool[-1] <= 99:
+            a, b = (pool.pop(rng.randrange(len(pool))) for _ in "ab")
+            sign = rng.choice("+-*/")
+            pool.append(OPERATORS[sign](a, b))
+            steps.append(f"{a}{sign}{b}={pool[-1]}")
+        held_out = random.Random(f"{sorted(given)} {pool}").random() < 1 / 8
+        if 0 <= pool[-1] <= 99 and held_out == (split == "eval"):
+            prompt = f"{' '.join(map(str, given))}={pool[0]}:"
+            yield Problem(prompt, [given, pool[0]], ";".join(steps))
+
+
+def countdown_reward(problem: Problem, completion: str) -> float:
+    """1.0 for right steps that use every number once and reach the target, else 0.0."""
+    given, target = problem.answer
+    pool = list(given)
+    for step in completion[: 20 * len(given)].split(";"):
+        match = re.fullmatch(r"([0-9]{1,4})([-+*/])([0-9]{1,4})=([0-9]{1,4})", step)
+        if not match:
+            return 0.0
+        a, b, result = int(match[1]), int(match[3]), int(match[4])
+        for operand in (a, b):
+            if operand not in pool:
+                return 0.0
+            pool.remove(operand)
+        if OPERATORS[match[2]](a, b) != result:
+            return 0.0
+        pool.append(result)
+    return float(pool == [target] and len(completion) <= 20 * len(given))
+
+
+# The NP-hard problems. An answer has the digits of what it picks, "025": items, nodes
+# or, in order, cities. X_draw: instance, prompt; X_value: 0 if infeasible; X_best: exact.
+
+
+@functools.cache
+def subsets(n: int) -> np.ndarray:
+    """All subsets of n things, (2^n, n) bool."""
+    return np.array([*itertools.product([False, True], repeat=n)])
+
+
+def knapsack_draw(rng: random.Random, n: int) -> tuple[list, str]:
+    """Items of weight and value 1 to 9, each below the capacity: "35 91 27 >12:"."""
+    weights, values = (rng.choices(range(1, 10), k=n) for _ in "wv")
+    capacity = rng.randint(max(weights), max(9, sum(weights) * 2 // 3))
+    items = " ".join(f"{w}{v}" for w, v in zip(weights, values))
+    return [weights, values, capacity], f"{items} >{capacity}:"
+
+
+def knapsack_value(instance: list, picks: list[int]) -> int:
+    """Value of the items if they fit in."""
+    weights, values, capacity = instance
+    fits = sum(weights[i] for i in picks) <= capacity
+    return fits * sum(values[i] for i in picks)
+
+
+def knapsack_best(instance: list) -> int:
+    """The largest value of all subsets."""
+    weights, values, capacity = instance
+    inside = subsets(len(weights))
+    return int((inside @ values * (inside @ weights <= capacity)).max())
+
+
+def mis_draw(rng: random.Random, n: int) -> tuple[list, str]:
+    """A graph of n nodes with 3 of 10 edges, one at least: "6 01 05 23:"."""
+    pairs = [*itertools.combinations(range(n), 2)]
+    edges = [pair for pair in pairs if rng.random() < 0.3] or [rng.choice(pairs)]
+    return [n, edges], f"{n} {' '.join(f'{a}{b}' for a, b in edges)}:"
+
+
+def mis_value(instance: list, picks: list[int]) -> int:
+    """Number of the nodes if no edge joins two of them."""
+    return len(picks) * all(a not in picks or b not in picks for a, b in instance[1])
+
+
+def mis_best(instance: list) -> int:
+    """Size of the largest independent set: maximum of all subsets."""
+    inside = subsets(instance[0])
+    joined = [inside[:, a] & inside[:, b] for a, b in instance[1]]
+    return int((inside.sum(-1) * ~np.any(joined, 0)).max())
+
+
+def tsp_draw(rng: random.Random, n: int) -> tuple[list, str]:
+    """Cities at different places of a 10 x 10 grid: "37 12 95 40:"."""
+    cities = [divmod(place, 10) for place in rng.sample(range(100), n)]
+    return cities, f"{' '.join(f'{x}{y}' for x, y in cities)}:"
+
+
+def tsp_value(instance: list, picks: list[int]) -> int:
+    """Length of the closed tour, |dx| + |dy| each leg, if it visits every city."""
+    tour = [instance[i] for i in picks]
+    legs = zip(tour, tour[1:] + tour[:1])
+    length = sum(abs(x - u) + abs(y - v) for (x, y), (u, v) in legs)
+    return length * (len(tour) == len(instance))
+
+
+@functools.cache
+def tours(n: int) -> np.ndarray:
+    """All closed tours of n cities, in one direction: where in a flat (n, n) matrix of
+    distances their legs stand, (tours, n)."""
+    orders = itertools.permutations(range(1, n))
+    order = np.array([(0, *order) for order in orders if order[0] <= order[-1]])
+    return order * n + np.roll(order, 1, -1)
+
+
+def tsp_best(instance: list) -> int:
+    """Length of the shortest of all tours."""
+    places = np.array(instance)
+    legs = np.abs(places[:, None] - places).sum(-1)
+    return int(legs.take(tours(len(instance))).sum(-1).min())
+
+
+NP = {
+    "mis": (mis_draw, mis_value, mis_best),  # maximum independent set
+    "knapsack": (knapsack_draw, knapsack_value, knapsack_best),
+    "tsp": (tsp_draw, tsp_value, tsp_best),  # travelling salesman
+}
+
+
+def np_problems(name: str, split: str, seed: int, n: int) -> Iterator[Problem]:
+    """Endless problems of one kind; the worked answers are feasible ones, drawn at
+    random. The instance in sorted form decides whether it is held out."""
+    (draw, value, best), rng = NP[name], random.Random(f"{name} {split} {seed}")
+    while True:
+        instance, prompt = draw(rng, n)
+        order, most, picks = rng.sample(range(n), n), rng.randint(1, n), []
+        for i in order:
+            if len(picks) < most and value(instance, [*picks, i]):
+                picks.append(i)
+        picks = order if name == "tsp" else sorted(picks)
+        held_out = random.Random(str(sorted(prompt[:-1].split()))).random() < 1 / 8
+        if held_out == (split == "eval"):
+            answer = [name, n, instance, best(instance)]
+            yield Problem(prompt, answer, "".join(map(str, picks)))
+
+
+def np_verify(problem: Problem, completion: str) -> tuple[bool, float, object]:
+    """Feasible or not; quality: value / best value (the inverse for a tour), 0 if
+    infeasible; what the answer stands for: a set, of tours that of their edges."""
+    name, n, instance, best = problem.answer
+    picks = [*map(int, completion)] if re.fullmatch("[0-9]{1,9}", completion) else []
+    once = picks and len({*picks}) == len(picks) and max(picks) < n
+    value = NP[name][1](instance, picks) if once else 0
+    if not value:
+        return False, 0.0, None
+    if name == "tsp":
+        edges = zip(picks, picks[1:] + picks[:1])
+        return True, best / value, frozenset(map(frozenset, edges))
+    return True, value / best, frozenset(picks)
+
+
+def np_reward(problem: Problem, completion: str) -> float:
+    """0.1 for the format, 1 to 9 digits, + quality."""
+    formatted = bool(re.fullmatch("[0-9]{1,9}", completion))
+    return 0.1 * formatted + np_verify(problem, completion)[1]
+
+
+np_reward.verify = np_verify  # a plug-in's reward may have one too, see evaluate
+SIZES = {"mis": 8, "knapsack": 6, "tsp": 5}
+TASKS = {k: (functools.partial(np_problems, k), np_reward, n) for k, n in SIZES.items()}
+TASKS["countdown"] = countdown_problems, countdown_reward, 3  # 3: default size
+
+
+def answer_reward(problem: Problem, completion: str) -> float:
+    """For --data: 1.0 if the answer is the text after the last "Answer:" (all the text
+    if there is none) or the last number in it, else 0.0."""
+    text = completion[-1000:].rpartition("Answer:")[2].strip().rstrip(".")
+    numbers = re.findall(r"-?[0-9]+(?:[.,][0-9]+)*", text)
+    return float(str(problem.answer).strip() in (text, *numbers[-1:]))
+
+
+def to_problem(item: Problem | dict) -> Problem:
+    """A line of --data, or what a task.py yields, as a Problem."""
+    if isinstance(item, Problem):
+        return item
+    return Problem(item["prompt"], item["answer"], item.get("solution", ""))
+
+
+def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
+    """Problems to train on, held-out ones (none in both), reward(problem, text)."""
+    where, splits = args.data or args.task, ("train", "eval")
+    files, (name, _, size) = [where, where], args.task.partition("-")
+    if args.data:
+        files, sources = [args.data, args.eval_data or args.data], []
+        for file in files:
+            with blame(f"cannot read {file}"):
+                sources.append(list(Path(file).open(encoding="utf-8")))
+        reward = answer_reward
+    elif name in TASKS and re.fullmatch("[2-9]?", size):
+        problems, reward, default = TASKS[name]
+        n = int(size or default)
+        sources = [problems(split, args.seed, n) for split in splits]
+    elif args.task.endswith(".py"):
+        with blame(f"{where} is no task with the functions problems and reward"):
+            plugin = runpy.run_path(args.task)
+            reward, problems = plugin["reward"], plugin["problems"]
+            sources = [iter(problems(split, args.seed)) for split in splits]
+    else:
+        known = ", ".join(f"{name}, {name}-4" for name in TASKS)
+        fail(f"unknown task {where!r}: give {known} (sizes 2 to 9) or a task.py")
+    parsed = [], []
+    many = 20_000, args.eval_prompts
+    for file, problems, source, most in zip(files, parsed, sources, many):
+        most = None if args.data else most  # generators may be endless
+        for i, item in enumerate(itertools.islice(source, most), 1):
+            with blame(f"{file}, line {i}: no object with prompt and answer"):
+                problems.append(to_problem(json.loads(item) if args.data else item))
+    held_out = parsed[1][:: 10 if args.data and not args.eval_data else 1]
+    held_out = held_out[: args.eval_prompts]
+    seen = {str(problem.prompt) for problem in held_out}
+    train = [problem for problem in parsed[0] if str(problem.prompt) not in seen]
+    if len(train) < args.prompts_per_step or len(held_out) < WORLD_SIZE:
+        counts = f"{len(train)} problems to train on, {len(held_out)} held out"
+        fail(
+            f"{' or '.join(files)}: {counts}, and a step takes {args.prompts_per_step}"
+        )
+    score(reward, train[:1], [train[0].solution])  # a broken reward ends here
+    return train, held_out, reward
+
+
+def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.Tensor:
+    """Rewards (B,) float32; an error or a non-number names its sample and stops."""
+    rewards = []
+    for i, (problem, text) in enumerate(zip(problems, texts)):
+        with blame(f"the reward failed on sample {i}, completion {text!r}"):
+            rewards.append(reward(problem, text))
+            if np.ndim(rewards[-1]) or not np.isfinite(rewards[-1]):
+                raise ValueError(f"{rewards[-1]} is not a finite number")
+    return torch.tensor(rewards, dtype=torch.float32)
+
+
+# ------------------------------------- Model ------------------------------------------
+
+
+def warm_start(problems: list[Problem], seed: int, steps: int, width: int) -> tuple:
+    """A Qwen3 (width 128: 0.8 M parameters), one token a character, trained on batches
+    of 64 worked answers; and its tokenizer."""
+    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    characters = [*special.values(), "\n", *map(chr, range(32, 127))]
+    vocabulary = {character: i for i, character in enumerate(characters)}
+    backend = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    special |= dict(tokenizer_object=backend)
+    tokenizer = transformers.PreTrainedTokenizerFast(**special)
+    shape = dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4)
+    shape |= dict(vocab_size=len(characters), max_position_embeddings=512)
+    ids = dict(pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    config = transformers.Qwen3Config(tie_word_embeddings=True, **shape, **ids)
+    torch.manual_seed(seed)
+    model = transformers.Qwen3ForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in tqdm(range(steps), "warm start, once", leave=False):
+        batch = [problems[i] for i in torch.randint(len(problems), (64,))]
+        prompts = tokenizer([p.prompt for p in batch])["input_ids"]
+        answers = tokenizer([p.solution + "<eos>" for p in batch])["input_ids"]
+        tokens = torch.cat([pad(prompts, 0, "left"), pad(answers, 0, "right")], -1)
+        mask, width = (tokens != 0).long(), max(map(len, answers))
+        logprobs, _ = token_logprobs(model, tokens, mask, width, temperature=1.0)
+        (-logprobs.sum() / mask[:, -width:].sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model, tokenizer
+
+
+def tiny_model(problems: list[Problem], seed: int, steps=450, width=128) -> str:
+    """Folder of the warm-started model, cached under a hash of all that defines it."""
+    solved = [p for p in problems if isinstance(p.prompt, str) and p.solution]
+    if not solved:
+        fail("the tiny model needs worked answers to start from: give a --model")
+    parts = warm_start, token_logprobs, last_hidden, pad
+    defined = [[inspect.getsource(part) for part in parts], solved, seed, steps, width]
+    defined += [torch.__version__, transformers.__version__]
+    name = f"tiny-{hashlib.sha256(json.dumps(defined).encode()).hexdigest()[:16]}"
+    path, new = Path("runs/cache", name), Path("runs/cache", f"{name}.{os.getpid()}")
+    if not path.exists() and RANK == 0:
+        for part in warm_start(solved, seed, steps, width):
+            part.save_pretrained(new)
+        with contextlib.suppress(OSError):  # another process was first
+            new.rename(path)
+        shutil.rmtree(new, ignore_errors=True)
+    if WORLD_SIZE > 1:
+        dist.barrier()
+    return str(path)
+
+
+def load_model(name: str, args: Args) -> tuple:
+    """Model (fp32 weights, no dropout) and tokenizer of a folder or a hub name."""
+    with blame(f"cannot load the model {name!r}"):
+        config = transformers.AutoConfig.from_pretrained(name)
+        for key in [key for key in vars(config) if "drop" in key]:
+            setattr(config, key, 0.0)
+        kwargs = dict(config=config, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if tokenizer.eos_token_id is None:
+            raise ValueError("its tokenizer has no EOS token, so no completion can end")
+        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(config, key, None) not in (None, 1.0):
+                raise ValueError(f"its logits are changed after the head by {key}")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.to(args.device), tokenizer
+
+
+def autocast(args: Args) -> torch.autocast:
+    """Matrix products in bf16 if --dtype says so; the weights themselves stay fp32."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def all_reduce(x: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
+    """x summed over torchrun's ranks, in place; x itself in a single process."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(x, getattr(dist.ReduceOp, operation))
+    return x
+
+
+# ------------------------------------ Rollout -----------------------------------------
+
+
+@dataclasses.dataclass
+class Rollout:
+    """B completions, the groups of the prompts one after another. T = P + C."""
+
+    tokens: torch.Tensor  # (B, T) int64, prompts left-padded, completions right-padded
+    attention_mask: torch.Tensor  # (B, T) int64
+    completion_mask: torch.Tensor  # (B, C) float32, first EOS inclusive
+    logprobs: torch.Tensor  # (B, C) float32, as sampled, at the sampling temperature
+    rewards: torch.Tensor  # (B,) float32
+    truncated: torch.Tensor  # (B,) bool: no EOS
+    texts: list[str]  # B completions without special tokens
+
+
+def pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
+    """Rows of ids as one tensor (rows, longest), padded on the left or the right."""
+    return pad_sequence([torch.tensor(r) for r in rows], True, value, padding_side=side)
+
+
+def encode_prompts(tokenizer, problems: list[Problem], longest: int) -> list[list[int]]:
+    """Token ids of the prompts: text as it is, messages by the chat template, once."""
+    encoded = []
+    for i, (prompt, *_) in enumerate(problems):
+        with blame(f"prompt {i} ({str(prompt)[:60]!r}) cannot be used"):
+            if isinstance(prompt, str):
+                bare = not prompt.startswith(tokenizer.bos_token or "\0")  # not twice
+                ids = tokenizer(prompt, add_special_tokens=bare)["input_ids"]
+            else:
+                ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+                ids = ids["input_ids"]
+            if not 0 < len(ids) <= longest:
+                raise ValueError(f"{len(ids)} tokens, there is room for {longest}")
+        encoded.append(ids)
+    return encoded
+
+
+def uniforms(args: Args, step: int, prompts: int, samples: int) -> torch.Tensor:
+    """Noise (prompts x samples, max_new_tokens) float64 in [0, 1), this rank's share: a
+    function of seed and step alone, whatever ran before and however many ranks run."""
+    shape = prompts, samples, args.max_new_tokens
+    noise = np.random.default_rng([args.seed, step]).random(shape)[RANK::WORLD_SIZE]
+    return torch.from_numpy(noise).flatten(0, 1)
+
+
+def completion_mask(completions: torch.Tensor, eos_token_id: int) -> tuple:
+    """Mask (B, C) float32 up to the first EOS inclusive; truncated (B,) bool: no EOS.
+    Places decide, not the padding's value: pad == eos is fine."""
+    is_eos = completions == eos_token_id
+    return (is_eos.cumsum(-1) - is_eos.long() == 0).float(), ~is_eos.any(-1)
+
+
+@torch.no_grad()
+def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> tuple:
+    """Completions (B, C) from the plain softmax at a temperature, and log-probs (B, C).
+
+    prompts (N, P), left-padded, are read once and shared by their B / N completions.
+    noise (B, C) in [0, 1) is all the randomness there is: the inverse CDF turns it into
+    tokens, so a completion does not depend on its neighbours. No warper of the
+    checkpoint's generation_config takes part. Finished rows are dropped.
+    """
+    exact = torch.float32 if prompts.device.type == "mps" else torch.float64
+    completions = torch.full(noise.shape, eos_token_id, device=prompts.device)
+    logprobs = torch.zeros(noise.shape, device=prompts.device)
+    inputs, positions = prompts, (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    rows = torch.arange(len(noise), device=prompts.device)  # still being decoded
+    cache = transformers.DynamicCache()
+    for t in range(noise.shape[1]):
+        kwargs = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
+        kwargs |= dict(attention_mask=attention_mask, position_ids=positions)
+        logits = model(input_ids=inputs, **kwargs).logits[:, -1].float() / temperature
+        if t == 0:
+            group_size = len(noise) // len(prompts)
+            cache.batch_repeat_interleave(group_size)
+            logits, attention_mask, positions = (
+                x.repeat_interleave(group_size, 0)
+                for x in (logits, attention_mask, positions[:, -1:])
+            )
+        log_softmax = logits.log_softmax(-1)
+        cdf = log_softmax.to(exact).exp().cumsum(-1)
+        point = noise[rows, t, None].to(exact) * cdf[:, -1:]
+        token = torch.searchsorted(cdf, point, right=True).clamp(max=cdf.shape[-1] - 1)
+        completions[rows, t] = token[:, 0]
+        logprobs[rows, t] = log_softmax.gather(-1, token)[:, 0]
+        running = (completions[rows, : t + 1] != eos_token_id).all(-1)
+        if not running.any():
+            break
+        if running.float().mean() < 0.8:  # enough are finished for the copy to pay
+            rows, token, attention_mask, positions = (
+                x[running] for x in (rows, token, attention_mask, positions)
+            )
+            cache.batch_select_indices(running.nonzero()[:, 0])
+        inputs, positions = token, positions + 1
+        attention_mask = torch.cat([attention_mask, torch.ones_like(token)], -1)
+    return completions, logprobs
+
+
+def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> Rollout:
+    """Completions of the prompts, len(noise) / len(prompts) of each; no rewards yet."""
+    model.eval()
+    eos, group_size = tokenizer.eos_token_id, len(noise) // len(prompts)
+    ids = pad(prompts, tokenizer.pad_token_id, "left").to(args.device)
+    seen = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(args.device)
+    noise, n = noise.to(args.device), max(1, args.rollout_batch_size // group_size)
+    batches = zip(ids.split(n), seen.split(n), noise.split(n * group_size))
+    with autocast(args):
+        parts = [decode(model, *batch, args.temperature, eos) for batch in batches]
+    completions, logprobs = (torch.cat(part) for part in zip(*parts))
+    mask, truncated = completion_mask(completions, eos)
+    width = int(mask.sum(-1).max())
+    completions, logprobs, mask = (x[:, :width] for x in (completions, logprobs, mask))
+    completions = completions.masked_fill(mask == 0, tokenizer.pad_token_id)
+    ids, seen = (x.repeat_interleave(group_size, 0) for x in (ids, seen))
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    tokens = torch.cat([ids, completions], -1)
+    attention_mask = torch.cat([seen, mask.long()], -1)
+    rewards = torch.zeros(len(mask), device=args.device)
+    logprobs = logprobs * mask
+    return Rollout(tokens, attention_mask, mask, logprobs, rewards, truncated, texts)
+
+
+# -------------------------------- Log-probabilities -----------------------------------
+
+
+def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
+    """What the head reads to score the last C columns of tokens (B, T): hidden states
+    (n, D), with gradient, and which n of the (B, C) tokens they predict, bool: those
+    that attention_mask (B, T) has. Columns of nothing but padding are cut off."""
+    used = attention_mask.any(0).nonzero()[:, 0]
+    start, end = int(used[0]), int(used[-1]) + 1
+    scored = attention_mask[:, -completion_length:].bool()
+    width = completion_length - (tokens.shape[1] - end)
+    mask = attention_mask[:, start:end]
+    kwargs = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    output = model.base_model(tokens[:, start:end], use_cache=False, **kwargs)
+    return output.last_hidden_state[:, -1 - width : -1][scored[:, :width]], scored
+
+
+def token_logprobs(
+    model, tokens, attention_mask, completion_length: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs (B, C), with gradient, and entropies (B, C) of the last C columns of
+    tokens (B, T), in nats; 0 where attention_mask (B, T) is. Logits of at most 2^26 / V
+    tokens exist at once: the backward pass makes them again, chunk by chunk."""
+    head = model.get_output_embeddings()
+
+    def chunk_logprobs(hidden, targets):
+        log_softmax = (head(hidden).float() / temperature).log_softmax(-1)
+        entropy = -(log_softmax.detach().exp() * log_softmax.detach()).sum(-1)
+        return log_softmax.gather(-1, targets[:, None])[:, 0], entropy
+
+    hidden, scored = last_hidden(model, tokens, attention_mask, completion_length)
+    targets, n = tokens[:, -completion_length:][scored], 2**26 // head.weight.shape[0]
+    pairs = zip(hidden.split(n + 1), targets.split(n + 1))
+    parts = [checkpoint(chunk_logprobs, *pair, use_reentrant=False) for pair in pairs]
+    zeros = torch.zeros(scored.shape, device=tokens.device)
+    return tuple(zeros.masked_scatter(scored, torch.cat(x)) for x in zip(*parts))
+
+
+# --------------------------------- THE ALGORITHM --------------------------------------
+
+
+def group_advantages(rewards, group_size: int, scale: str = "std") -> torch.Tensor:
+    """Advantages (B,) of rewards (B,), group after group: r - mean(r), for scale "std"
+    divided by std(r) + 1e-4 (DeepSeekMath, section 4.1.2), for "none" not (Dr. GRPO).
+    0 where a group's rewards are equal. ValueError: group_size < 2, a reward is nan."""
+    if group_size < 2 or not rewards.isfinite().all():
+        bad = (~rewards.isfinite()).nonzero().flatten().tolist()
+        raise ValueError(f"group_size {group_size} < 2 or rewards {bad} not finite")
+    groups = rewards.view(-1, group_size)
+    advantages = groups - groups.mean(-1, keepdim=True)
+    if scale == "std":
+        advantages = advantages / (groups.std(-1, keepdim=True) + 1e-4)
+    equal = groups.amax(-1, keepdim=True) == groups.amin(-1, keepdim=True)
+    return advantages.masked_fill(equal, 0.0).flatten()
+
+
+def loss_weights(mask: torch.Tensor, normalization: str, max_length: int) -> tuple:
+    """w (B, C) and Z of the docstring above; rows masked as a whole are not counted."""
+    lengths = mask.sum(-1, keepdim=True)
+    rows = (lengths > 0).sum().float()
+    if normalization == "sequence":
+        return mask / lengths.clamp(min=1), rows
+    return mask, lengths.sum() if normalization == "token" else rows * max_length
+
+
+def policy_loss(
+    logprobs, old_logprobs, advantages, mask, clip_low, clip_high, denominator
+) -> tuple[torch.Tensor, dict]:
+    """-J without the KL: PPO's clipped surrogate with DAPO's two clips, a scalar.
+
+    logprobs, old_logprobs (B, C); advantages (B,) or (B, C); mask (B, C): a token's
+    weight w, or 0; denominator: Z. Losses and stats (tokens; clipped: those whose
+    gradient the clip takes) of micro-batches add up to those of the batch.
+    """
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    ratio = (logprobs - old_logprobs).exp()  # rho_t
+    surrogate = ratio * advantages
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss = -(torch.minimum(surrogate, clipped) * mask).sum() / max(denominator, 1)
+    taken = ((clipped < surrogate) & (mask > 0)).sum()
+    return loss, {"tokens": (mask > 0).sum(), "clipped": taken}
+
+
+def kl_loss(logprobs, old_logprobs, ref_logprobs, mask, denominator) -> torch.Tensor:
+    """KL(pi || pi_ref): sum of w rho k2 over Z, rho detached; all (B, C). The expected
+    gradient, E_old[rho (log pi - log pi_ref) grad log pi], is the reverse KL's."""
+    rho = (logprobs - old_logprobs).exp().detach()
+    k2 = (logprobs - ref_logprobs) ** 2 / 2
+    return (rho * k2 * mask).sum() / max(denominator, 1)
+
+
+def distribution_matching_loss(
+    logprobs, mask, rewards, group_size, alpha, divergence="mse", groups=None
+) -> tuple[torch.Tensor, dict]:
+    """L_DM (section 3 of the paper, the other divergences apart), a scalar.
+
+    logprobs, mask (B, C), whole groups one after another; rewards (B,), raw. groups:
+    how many L_DM is averaged over, those of all micro-batches and ranks together, so
+    that losses add up (default: the groups here). Rows masked as a whole leave p, q
+    and G; a group of none is not counted. Stats: sums over groups of max_i p_i, q_i.
+    ValueError: group_size < 2, or a reward is not finite.
+    """
+    if group_size < 2 or not rewards.isfinite().all():
+        raise ValueError(f"group_size {group_size} < 2 or a reward is not finite")
+    lengths = mask.sum(-1)
+    phi = (logprobs * mask).sum(-1) / lengths.clamp(min=1)
+    out, least = (lengths == 0).view(-1, group_size), torch.finfo(phi.dtype).min
+    logits = (rewards / alpha).to(phi).detach(), phi
+    logits = (x.view(-1, group_size).masked_fill(out, least) for x in logits)
+    log_p, log_q = (x.log_softmax(-1) for x in logits)
+    p, q, size = log_p.exp(), log_q.exp(), (~out).sum(-1)  # size: G of each group
+    if divergence == "mse":
+        each = ((p - q) ** 2).sum(-1) / size.clamp(min=1)
+    elif divergence == "forward-kl":
+        each = (p * (log_p - log_q)).sum(-1)
+    else:
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        each = (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1) / 2
+    there = size > 0
+    groups = there.sum() if groups is None else groups
+    stats = {"p_max": p.amax(-1)[there].sum(), "q_max": q.amax(-1)[there].sum()}
+    return each.sum() / max(groups, 1), stats
+
+
+def coefficients(loss: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+    """Sum over completions of |d loss / d phi_i|: of a shift of all log-probs of o_i,
+    whose mean is phi_i. logprobs (B, C)."""
+    (gradient,) = torch.autograd.grad(loss, logprobs, retain_graph=True)
+    return gradient.sum(-1).abs().sum()
+
+
+def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, float]:
+    """args.updates_per_batch optimiser steps on one batch; statistics of the last one.
+    Rows without advantage are skipped (unless the KL or L_DM needs them) but counted
+    in Z. Micro-batches hold whole groups if there is an L_DM."""
+    model.train()  # gradient checkpointing asks for it; there is no dropout
+    mask, width = rollout.completion_mask, rollout.completion_mask.shape[1]
+    if args.mask_truncated:
+        mask = mask * ~rollout.truncated[:, None]
+    if args.dm_only:
+        advantages = torch.zeros_like(advantages)
+    weights, z = loss_weights(mask, args.normalization, args.max_new_tokens)
+    z, clips = all_reduce(z), (args.clip_low, args.clip_high)
+    live = (mask.any(-1) & ((advantages != 0) | (args.kl_coef > 0))).nonzero()[:, 0]
+    live = live[mask[live].sum(-1).argsort(stable=True)]  # like lengths side by side
+    size, G = args.micro_batch_size, args.group_size
+    if args.dm_coef:  # groups of equal rewards too: they pull q to uniform
+        order = mask.sum(-1).view(-1, G).amax(-1).argsort(stable=True)
+        live = (order[:, None] * G + torch.arange(G, device=mask.device)).flatten()
+        size = size // G * G
+    counted = mask.any(-1).view(-1, G)  # completions with a token in the loss
+    counts = torch.stack([counted.any(-1).sum(), counted.sum()]).float()
+    groups, n = all_reduce(counts).clamp(min=1)
+    old, ref = rollout.logprobs.clone(), rollout.logprobs.clone()
+    for i in range(args.updates_per_batch):
+        totals = torch.zeros(5, device=mask.device)
+        pulls = torch.zeros(5, device=mask.device)  # what is logged beside grpo.py
+        for rows in live.split(size) if len(live) else ():
+            batch = rollout.tokens[rows], rollout.attention_mask[rows]
+            batch = *batch, width, args.temperature
+            with autocast(args):
+                logprobs, entropy = token_logprobs(model, *batch)
+                if i == 0:
+                    old[rows] = logprobs.detach()  # so that rho is exactly 1
+                if i == 0 and reference:
+                    with torch.no_grad():
+                        ref[rows], _ = token_logprobs(reference, *batch)
+            w, A, kl = weights[rows], advantages[rows], torch.zeros_like(z)
+            dm = torch.zeros_like(z)
+            loss, stats = policy_loss(logprobs, old[rows], A, w, *clips, z)
+            if reference:
+                kl = kl_loss(logprobs, old[rows], ref[rows], w, z)
+            if args.dm_coef:
+                group = logprobs, mask[rows], rollout.rewards[rows], G
+                how = args.dm_temperature, args.dm_divergence, groups
+                dm, maxima = distribution_matching_loss(*group, *how)
+                pulls[1] += coefficients(args.dm_coef * dm, logprobs) / n
+                pulls[2:4] += torch.stack([*maxima.values()]) / groups
+                pulls[4] += dm.detach()
+            pulls[0] += coefficients(loss, logprobs) / n
+            (loss + args.kl_coef * kl + args.dm_coef * dm).backward()
+            entropy = (entropy * (w > 0)).sum()
+            sums = loss, kl, stats["tokens"], stats["clipped"], entropy
+            totals += torch.stack([x.detach() for x in sums])
+        norm, change = optimizer_step(model, optimizer, args.max_grad_norm)
+    loss, kl, tokens, clipped, entropy = all_reduce(totals).tolist()
+    tokens = max(tokens, 1.0)
+    gap = ((old - rollout.logprobs) * mask).abs()  # scored against sampled log-probs
+    gap_mean, gap_max = all_reduce(gap.sum()) / tokens, all_reduce(gap.max(), "MAX")
+    stats = {"loss": loss, "kl": kl, "grad_norm": norm, "relative_update": change}
+    stats |= {"delta_logp_mean": gap_mean.item(), "delta_logp_max": gap_max.item()}
+    stats |= {"entropy": entropy / tokens, "clip_fraction": clipped / tokens}
+    names = "grpo_coefficient", "dm_coefficient", "p_max", "q_max", "dm_loss"
+    return stats | dict(zip(names, all_reduce(pulls).tolist()))
+
+
+def optimizer_step(model, optimizer, max_grad_norm: float) -> tuple[float, float]:
+    """One step along the sum of the ranks' gradients. Its norm before clipping, and
+    |change| / |weights| measured on the first 4,096 entries of each tensor."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    before = torch.cat([p.detach().flatten()[:4096] for p in parameters])
+    optimizer.step()
+    optimizer.zero_grad()
+    after = torch.cat([p.detach().flatten()[:4096] for p in parameters])
+    return norm.item(), ((after - before).norm() / before.norm()).item()
+
+
+# ----------------------------------- Evaluation ---------------------------------------
+
+
+def best_of(values: list[float], k: int) -> float:
+    """Unbiased estimate of the best of k from n >= k samples: its mean over all subsets
+    of k. The i-th smallest is the best of C(i - 1, k - 1) of them."""
+    ranked = enumerate(sorted(values))  # from 0
+    return sum(math.comb(i, k - 1) * v for i, v in ranked) / math.comb(len(values), k)
+
+
+def evaluate(model, tokenizer, prompts, problems, reward, args) -> dict[str, float]:
+    """Means over the held-out problems, shared by the ranks, of n = eval_samples
+    completions each, always the same noise: share feasible (sr), quality (qr; qr@k: of
+    the best of k), distinct feasible and distinct optimal (quality 1) answers among n,
+    reward; and the entropy of a token, estimated by -log-prob of the samples.
+    reward.verify(problem, completion) -> (feasible, quality, answer) judges; without
+    it feasible is a reward of 1 or more, quality the reward, the answer the text."""
+    n, mine = args.eval_samples, slice(RANK, None, WORLD_SIZE)
+    noise = uniforms(args, 0, len(problems), n)
+    rollout = generate(model, tokenizer, prompts[mine], noise, args)
+    posed = [problem for problem in problems[mine] for _ in range(n)]
+    rewards = score(reward, posed, rollout.texts)
+    judged = [(r >= 1, r, text) for r, text in zip(rewards.tolist(), rollout.texts)]
+    if hasattr(reward, "verify"):
+        with blame("reward.verify failed"):
+            judged = [reward.verify(*pair) for pair in zip(posed, rollout.texts)]
+    ks, rows = [2**j for j in range(n.bit_length())], []
+    for i in range(0, len(judged), n):
+        group = judged[i : i + n]
+        feasible, quality, _ = zip(*group)
+        distinct = {answer for good, _, answer in group if good}
+        optimal = {answer for good, x, answer in group if good and x >= 1}
+        row = sum(feasible) / n, sum(quality) / n, len(distinct), len(optimal)
+        rows.append([*row, *(best_of(quality, k) for k in ks)])
+    nats, tokens = -rollout.logprobs.sum(), rollout.completion_mask.sum()
+    sums = [*map(math.fsum, zip(*rows)), rewards.sum() / n, nats, tokens]
+    *sums, nats, tokens = all_reduce(torch.tensor(sums, device=args.device)).tolist()
+    names = ["sr", "qr", "distinct_feasible", "distinct_optimal"]
+    names = [*names, *(f"qr@{k}" for k in ks), "reward"]
+    metrics = {f"eval/{name}": x / len(problems) for name, x in zip(names, sums)}
+    return metrics | {"eval/entropy": nats / tokens}
+
+
+# ----------------------------------- Run folder ---------------------------------------
+
+
+def open_run(args: Args, step: int) -> None:
+    """Make the folder of a new run, or cut the logs of a resumed one after `step`."""
+    run_dir, here = Path(args.run_dir), Path(__file__).parent
+    with blame(f"cannot open the run folder {run_dir}"):
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        for log in run_dir.glob("*.jsonl"):
+            lines = [x for x in log.read_text().splitlines(True) if x.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            log.with_suffix(".new").write_text("".join(kept))
+            log.with_suffix(".new").replace(log)
+        git = ["git", "rev-parse", "HEAD"] if shutil.which("git") else ["true"]
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout
+        gpu = torch.cuda.get_device_name() if args.device == "cuda" else "no GPU"
+        about = {"python": sys.version, "torch": torch.__version__}
+        about |= {"transformers": transformers.__version__, "commit": commit.strip()}
+        about |= {"hardware": f"{os.cpu_count()} CPU cores, {gpu}", "args": vars(args)}
+        (run_dir / "args.new").write_text(json.dumps(about, indent=1))
+        (run_dir / "args.new").replace(run_dir / "args.json")
+
+
+def write_logs(args: Args, metrics: dict, sample: dict) -> None:
+    """A line of metrics.jsonl and of samples.jsonl; wandb may fail, training not."""
+    if RANK > 0:
+        return
+    with blame(f"cannot write in {args.run_dir}"):
+        for name, record in (("metrics", metrics), ("samples", sample)):
+            with Path(args.run_dir, f"{name}.jsonl").open("a") as file:
+                file.write(json.dumps({"step": metrics["step"]} | record) + "\n")
+    try:
+        if args.track:
+            import wandb
+
+            if wandb.run is None:
+                mode = "online" if wandb.api.api_key else "offline"
+                mode = os.environ.get("WANDB_MODE", mode)
+                wandb.init(project=args.wandb_project, dir=args.run_dir, mode=mode)
+            wandb.log(metrics, step=metrics["step"])
+    except Exception as e:
+        args.track = False
+        tqdm.write(f"wandb is off from here on: {e}")
+
+
+def save_checkpoint(run_dir: Path, step: int, model, tokenizer, optimizer) -> None:
+    """checkpoint/ of the run, written beside, then renamed: one is always whole."""
+    new, last, old = (run_dir / f"checkpoint{x}" for x in (".new", "", ".old"))
+    try:
+        with blame(f"cannot save step {step} in {run_dir} (the last save is whole)"):
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            state = {"step": step, "optimizer": optimizer.state_dict()}
+            torch.save(state, new / "state.pt")
+            for path in [*new.iterdir(), new]:
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+            if last.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                last.rename(old)
+            new.rename(last)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def draw_curve(run_dir: Path) -> None:
+    """curve.png: the metrics whose names match CURVE, from metrics.jsonl."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    axes = Figure(figsize=(6, 4), layout="constrained").add_subplot()
+    names = dict.fromkeys(name for record in records for name in record)
+    names = [name for name in names if re.fullmatch(CURVE, name)]
+    for name, style in zip(names, ["o-", "s--", "-", ":"]):
+        points = [(r["step"], r[name]) for r in records if name in r]
+        axes.plot(*zip(*points), style, markersize=4, label=name)
+    axes.set(xlabel="step", ylim=(0, None), title=run_dir.name)
+    axes.legend()
+    with blame(f"cannot draw {run_dir}/curve.png"):
+        axes.figure.savefig(run_dir / "curve.png", dpi=120)
+
+
+# -------------------------------------- Main ------------------------------------------
+
+
+def read_flags(default: Args | None = None) -> Args:
+    """The command line; a wrong flag is one line instead of tyro's box."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, default=default, description=__doc__.split("\n")[0])
+    except SystemExit:
+        if box.getvalue():  # not --help
+            fail(re.sub(r"[^ -~]", " ", box.getvalue()))
+        raise
+
+
+def check(args: Args) -> None:
+    """Refuse flags that cannot be, and fill in --learning-rate."""
+    may_be_0 = "seed", "warmup_steps", "kl_coef", "clip_low", "clip_high", "dm_coef"
+    for name, value in vars(args).items():
+        number, zero = type(value) in (int, float), value == 0 and name in may_be_0
+        if number and not (zero or 0 < value < math.inf):  # nan is neither
+            fail(f"--{name.replace('_', '-')} is {value}: it must be above 0")
+    if args.learning_rate is None:
+        args.learning_rate = 1e-4 if args.model == "tiny" else 1e-6
+    for wrong, message in (
+        (args.group_size < 2, "--group-size must be 2 or more: A compares completions"),
+        (
+            args.dm_coef and args.micro_batch_size < args.group_size,
+            "--micro-batch-size must be --group-size or more: q compares completions",
+        ),
+        (
+            not args.dm_coef and (args.dm_only or args.dm_divergence != "mse"),
+            "--dm-only and --dm-divergence need a --dm-coef above 0",
+        ),
+        (args.eval_data and not args.data, "--eval-data needs --data"),
+        (args.clip_low >= 1, "--clip-low must be below 1"),
+        (args.prompts_per_step % WORLD_SIZE, "ranks must divide --prompts-per-step"),
+    ):
+        if wrong:
+            fail(message)
+
+
+def parse_args() -> Args:
+    """The flags, checked and completed; those of the run itself if one is resumed."""
+    args = read_flags()
+    if args.resume:
+        last, old = (Path(args.resume, f"checkpoint{x}") for x in ("", ".old"))
+        with blame(f"{args.resume} holds no run to resume"):
+            if old.exists() and not last.exists():  # killed between the two renames
+                old.rename(last)
+            saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
+            saved = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
+            done = torch.load(last / "state.pt", weights_only=True)["step"]
+        args, free = read_flags(saved), ("steps", "save_every", "track")
+        for name, value in vars(saved).items():
+            if getattr(args, name) != value and name not in free:
+                flag = f"--{name.replace('_', '-')}"
+                fail(f"{flag} contradicts the run in {args.resume}: it has {value!r}")
+        if args.steps <= done:
+            fail(f"{args.resume} is at step {done} already: give more --steps")
+    now = time.strftime("%Y%m%d-%H%M%S")
+    args.run_dir = args.run_dir or f"runs/{Path(__file__).stem}/{now}-s{args.seed}"
+    found = [x for x in ("cuda", "mps") if getattr(torch, x).is_available()] + ["cpu"]
+    if args.device == "auto":
+        args.device = found[0]
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
+    if args.device not in found:
+        fail(f"there is no {args.device} here: use --device cpu")
+    if Path(args.run_dir).exists() and not args.resume:
+        fail(f"{args.run_dir} exists: give another --run-dir, or --resume it")
+    check(args)
+    return args
+
+
+def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, float]:
+    """What the metrics say of a rollout (means over the ranks), of time and memory."""
+    groups = rollout.rewards.view(-1, args.group_size)
+    dead = (groups.amax(-1) == groups.amin(-1)).float()
+    lengths = rollout.completion_mask.sum(-1)
+    means = groups.mean(), groups.std(-1).mean(), dead.mean()  # std: inside a group
+    means = torch.stack([*means, rollout.truncated.float().mean(), lengths.mean()])
+    names = "reward_mean reward_std dead_group_share truncated_share completion_length"
+    metrics = dict(zip(names.split(), (all_reduce(means) / WORLD_SIZE).tolist()))
+    names = "seconds_rollout", "seconds_score", "seconds_update"
+    metrics |= dict(zip(names, np.diff(clock).tolist()))
+    tokens = metrics["completion_length"] * len(lengths) * WORLD_SIZE
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak
+    metrics["tokens_per_second"] = tokens / (clock[-1] - clock[0])
+    return metrics | {"peak_memory_gb": peak / 2**30}
+
+
+def train(args: Args) -> None:
+    """Sample, score, compare, update, log; evaluate and save every now and then."""
+    transformers.utils.logging.disable_progress_bar()
+    problems, held_out, reward = load_task(args)
+    name = tiny_model(problems, args.seed) if args.model == "tiny" else args.model
+    last, step, qr = Path(args.run_dir, "checkpoint"), 0, math.nan
+    model, tokenizer = load_model(str(last) if args.resume else name, args)
+    reference = load_model(name, args)[0] if args.kl_coef else None
+    longest = model.config.max_position_embeddings - args.max_new_tokens
+    prompts = encode_prompts(tokenizer, problems, longest)
+    tests = encode_prompts(tokenizer, held_out, longest)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    if args.resume:
+        state = torch.load(last / "state.pt", args.device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    run_dir, stops = Path(args.run_dir), []
+    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
+        signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
+    if RANK == 0:
+        open_run(args, step)
+    if step == 0:
+        metrics = evaluate(model, tokenizer, tests, held_out, reward, args)
+        qr = metrics["eval/qr"]
+        write_logs(args, {"step": 0} | metrics, {})
+    n, group_size = args.prompts_per_step, args.group_size
+    steps = range(step + 1, args.steps + 1)
+    bar = tqdm(steps, initial=step, total=args.steps, disable=RANK > 0)
+    for step in bar:
+        clock = [time.perf_counter()]
+        epoch, place = divmod(step - 1, len(problems) // n)
+        order = np.random.default_rng([args.seed, 1, epoch]).permutation(len(problems))
+        batch = order[place * n : (place + 1) * n][RANK::WORLD_SIZE]
+        noise = uniforms(args, step, n, group_size)
+        rollout = generate(model, tokenizer, [prompts[i] for i in batch], noise, args)
+        clock.append(time.perf_counter())
+        posed = [problems[i] for i in batch for _ in range(group_size)]
+        rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
+        advantages = group_advantages(rollout.rewards, group_size, args.advantage_scale)
+        clock.append(time.perf_counter())
+        warm = min(1.0, step / max(args.warmup_steps, 1))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * warm
+        stats = update(model, reference, optimizer, rollout, advantages, args)
+        clock.append(time.perf_counter())
+        metrics = {"step": step} | describe(rollout, clock, args) | stats
+        if step % args.eval_every == 0 or step == args.steps:
+            metrics |= evaluate(model, tokenizer, tests, held_out, reward, args)
+            qr = metrics["eval/qr"]
+        stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0
+        sample = {"prompt": tokenizer.decode(prompts[batch[0]])}  # the first group
+        sample |= {"completions": rollout.texts[:group_size]}
+        sample |= {"rewards": rollout.rewards[:group_size].tolist()}
+        write_logs(args, metrics, sample)
+        shown = {"reward": metrics["reward_mean"], "qr": qr}
+        shown |= {"tokens/s": round(metrics["tokens_per_second"])}
+        bar.set_postfix(shown, GB=metrics["peak_memory_gb"])
+        if step == 1 and RANK == 0:
+            tqdm.write(f"first prompt: {sample['prompt']!r}")
+            tqdm.write(f"first completion: {rollout.texts[0]!r}")
+            tqdm.write("a loss near 0 is normal: watch the reward and eval/qr")
+        if (stop or step % args.save_every == 0 or step == args.steps) and RANK == 0:
+            save_checkpoint(run_dir, step, model, tokenizer, optimizer)
+            draw_curve(run_dir)
+        if stop:
+            print(f"stopped after step {step}; to go on: --resume {run_dir}")
+            sys.exit(130)
+    if RANK == 0:
+        logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+        for name in [name for name in logs[0] if name != "step"]:
+            print(f"{name:22} base {logs[0][name]:.3f}  trained {logs[-1][name]:.3f}")
+        print(f"run folder: {run_dir}")
+
+
+def main() -> None:
+    """The run that the command line asks for."""
+    args = parse_args()
+    if WORLD_SIZE > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    try:
+        train(args)
+    except KeyboardInterrupt:  # before the first step: there is nothing to save
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
