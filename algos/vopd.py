@@ -638,16 +638,16 @@ def distill_loss(
     return loss, {"tokens": mask.sum(), "reverse_kl": (kl.detach() * mask).sum()}
 
 
-def distill(model, teacher, rollout, mask, z, args) -> torch.Tensor:
+def distill(model, teacher, rollout, mask, z, args, logits=2**26) -> torch.Tensor:
     """Sums (3,) over the tokens that mask (B, C) has: loss, reverse KL, tokens. Where
     gradients are on they are added to the weights'.
 
-    Of neither model a (B, C, V) tensor exists: each chunk of at most 2^26 / V tokens
-    is done with its logits, backward pass included, before the next one is made.
+    Of neither model a (B, C, V) tensor exists: each chunk of `logits` / V tokens is done
+    with, backward pass included, before the next one is made.
     """
     totals, width = torch.zeros(3, device=mask.device), mask.shape[1]
     head, teacher_head = (x.get_output_embeddings() for x in (model, teacher))
-    n = 2**26 // head.weight.shape[0] + 1
+    n = logits // head.weight.shape[0] + 1
 
     def chunk_sums(hidden, teacher_hidden, tokens, mask):
         with autocast(args):
