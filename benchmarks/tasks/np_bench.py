@@ -167,20 +167,21 @@ def colouring_value(instance: dict, answer: list[int]) -> int:
 
 def colouring_solve(instance: dict, answer: list[int]) -> list[int]:
     """One colour fewer again and again, until there are as many as vertices in the
-    largest clique, or x[vertex, colour] cannot be chosen."""
+    largest clique, or the program over x[vertex, colour] has no answer."""
     n, clique = instance["n"], nx.max_weight_clique(graph_of(instance), None)[0]
     ends = np.zeros((len(instance["edges"]), n))
     for row, edge in zip(ends, instance["edges"]):
         row[edge] = 1
-    while answer and (k := len(set(answer)) - 1) >= len(clique):
+    while (k := len(set(answer)) - 1) >= len(clique):
         rows = np.r_[np.kron(np.eye(n), np.ones(k)), np.kron(ends, np.eye(k))]
         low = np.r_[np.ones(n), np.zeros(len(ends) * k)]
         given = np.zeros((n, k))  # of the answers that differ in names alone, seek one
         given[clique, range(len(clique))] = 1
-        best = answer
-        answer = integer_program(np.zeros(n * k), rows, low, 1, given.ravel())
-        answer = answer and [x % k for x in answer]
-    return answer or best
+        fewer = integer_program(np.zeros(n * k), rows, low, 1, given.ravel())
+        if fewer is None:
+            break
+        answer = [x % k for x in fewer]
+    return answer
 
 
 def tsp_make(rng: random.Random, n: int) -> tuple:
