@@ -11,7 +11,10 @@ stands in <work>/<script>/s<seed>/, with that seed's runs/cache (base models, te
 traces), which the arms share. What is finished is not run again, what was interrupted
 goes on by --resume. Of the arms, the first is run for all seeds before the others, so
 that the caches are made once. A record says whether a run added to its cache
-(cache_warm: false), because that is in its wall time.
+(cache_warm: false), because that is in its wall time. --jobs J runs J side by side,
+each with OMP_NUM_THREADS = cores / J. --quick runs the default and one other arm of a
+script with two seeds, a tenth of the steps and evaluations of 32 problems, to see that
+all this works; it writes to the work folder alone.
 
 Identity. A run is known by its flags, its seed, the versions of torch and transformers
 and the hash of the program's syntax tree, which comments, docstrings and layout do not
@@ -82,8 +85,8 @@ ARMS: dict[str, dict[str, str]] = {  # name: flags; the first arm fills the cach
         "default": "",
         "sampled": "--estimator sampled",
         "full": "--estimator full",
-        "vopd-topk": "--estimator vopd-topk",
-        "topk": "--estimator topk",
+        "vopd-topk": "--estimator vopd-topk --top-k 5",  # of 98 tokens
+        "topk": "--estimator topk --top-k 5",
         "clip": "--estimator clip",
     },
     "dmpo": {

@@ -21,8 +21,9 @@ PICTURES = {  # suffix: (x, arms, metrics); x = k draws metric@k of the last eva
         "-trl": ("step", "default trl", "eval/pass@1"),
     },
     "vopd": {
-        "": ("step", "default sampled full vopd-topk topk clip", "eval/reverse_kl"),
-        "-pass": ("step", "default sampled full vopd-topk topk clip", "eval/pass@1"),
+        "": ("step", "default sampled full", "eval/reverse_kl"),
+        "-pass": ("step", "default sampled full", "eval/pass@1"),
+        "-biased": ("step", "default vopd-topk topk clip", "eval/reverse_kl"),
     },
     "dmpo": {
         "": ("k", "default grpo dm-only forward-kl", "eval/qr"),
@@ -271,6 +272,7 @@ def picture(lines: list, xlabel: str, ylabel: str, title: str, path: Path) -> No
     for name, x, middle, *_ in sorted(lines, key=lambda line: line[2][-1]):
         lowest = max(middle[-1] / top, lowest + 0.05)  # a line of text is 5 % high
         look = dict(textcoords="axes fraction", va="center")
-        look["arrowprops"] = dict(arrowstyle="-", color="0.7", linewidth=0.6)
+        look["arrowprops"] = dict(arrowstyle="-", color="0.6", linewidth=0.6)
+        look["arrowprops"] |= dict(relpos=(0, 0.5), shrinkA=0, shrinkB=3)
         axes.annotate(name, (x[-1], middle[-1]), (1.03, lowest), **look)
     figure.savefig(path, dpi=120)

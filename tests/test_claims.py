@@ -142,8 +142,9 @@ def asked(kind: str, a="a", b="b", margin=0.01, at="end", metric="eval/x"):
 def test_arms_are_compared_without_their_seeds():
     """Seeds differ by 0.5, arms by 0.02 within each seed: paired the claim is clear,
     unpaired it would be lost. Seeds that only one arm has run do not count."""
-    runs = [record("a", s, e__x=[0.0, 0.1 * s + 0.02]) for s in range(1, 7)]
-    runs += [record("b", s, e__x=[0.0, 0.1 * s + 1e-4 * s]) for s in range(6, 0, -1)]
+    of = dict(zip(range(1, 7), [0.3, 0.1, 0.6, 0.2, 0.5, 0.4]))
+    runs = [record("a", s, e__x=[0.0, of[s] + 0.02]) for s in of]
+    runs += [record("b", s, e__x=[0.0, of[s] + 1e-4 * s]) for s in reversed(of)]
     found = report.judge([*runs, record("a", 9, e__x=[0, 0])], asked("higher"))
     assert found["verdict"] == "replicated"
     assert found["seeds"] == 6
@@ -326,9 +327,12 @@ def lab(tmp_path, monkeypatch, capsys):
 
 def test_finished_run_is_run_again(lab):
     """A run in the results file is not run again, not even when its work folder is
-    gone; nor one whose work folder is whole, when the results file is gone."""
-    lab.run("--seeds", "2")
+    gone; nor one whose work folder is whole, when the results file is gone. The first
+    arm, which fills the caches, comes first for all seeds."""
+    said = lab.run("--seeds", "2")
     assert lab.calls() == 4
+    order = re.findall(r"runs, (\w+ s\d), about \d+ min left", said)
+    assert order == ["default s1", "default s2", "bonus s1", "bonus s2"]
     first = lab.runs()
     assert [(r["arm"], r["seed"]) for r in first] == [
         ("default", 1), ("default", 2), ("bonus", 1), ("bonus", 2)
