@@ -587,7 +587,8 @@ def distill_advantages(
         return torch.zeros_like(kl.detach()), kl
     if "topk" in estimator:
         ids = top_ids(s, min(top_k, s.shape[-1]))
-        kl = reverse_kl(student_logits.gather(-1, ids), t.gather(-1, ids))
+        source = student_logits if estimator == "topk" else s
+        kl = reverse_kl(source.gather(-1, ids), t.gather(-1, ids))
     if estimator == "topk":  # biased: mass moves inside the k, never in or out
         return torch.zeros_like(kl.detach()), kl
     p = s.softmax(-1) if p is None else p
@@ -604,7 +605,7 @@ def distill_advantages(
         kl = kl - (s_y - log_p) + (t_y - log_q)  # both logsumexp
         return r + kl, kl
     if estimator == "vopd-topk":  # unbiased: y has no part in this KL either
-        return r + kl.detach(), kl.detach()
+        return r + kl, kl
     raise ValueError(f"no estimator {estimator!r}")
 
 
