@@ -185,8 +185,9 @@ def countdown_reward(problem: Problem, completion: str) -> float:
     return float(pool == [target] and len(completion) <= 20 * len(given))
 
 
-# The NP-hard problems. An answer has the digits of what it picks, "025": items, nodes
-# or, in order, cities. X_draw: instance, prompt; X_value: 0 if infeasible; X_best: exact.
+# NP-hard problems. An answer has the names of what it picks: numbers of items or nodes,
+# "025", or cities in their order, "371295". X_draw: instance, prompt, names; X_value: 0
+# if the picks are infeasible; X_best: the exact optimum, by brute force.
 
 
 @functools.cache
@@ -195,12 +196,12 @@ def subsets(n: int) -> np.ndarray:
     return np.array([*itertools.product([False, True], repeat=n)])
 
 
-def knapsack_draw(rng: random.Random, n: int) -> tuple[list, str]:
+def knapsack_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
     """Items of weight and value 1 to 9, each below the capacity: "35 91 27 >12:"."""
     weights, values = (rng.choices(range(1, 10), k=n) for _ in "wv")
     capacity = rng.randint(max(weights), max(9, sum(weights) * 2 // 3))
     items = " ".join(f"{w}{v}" for w, v in zip(weights, values))
-    return [weights, values, capacity], f"{items} >{capacity}:"
+    return [weights, values, capacity], f"{items} >{capacity}:", [*map(str, range(n))]
 
 
 def knapsack_value(instance: list, picks: list[int]) -> int:
@@ -217,11 +218,12 @@ def knapsack_best(instance: list) -> int:
     return int((inside @ values * (inside @ weights <= capacity)).max())
 
 
-def mis_draw(rng: random.Random, n: int) -> tuple[list, str]:
+def mis_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
     """A graph of n nodes with 3 of 10 edges, one at least: "6 01 05 23:"."""
     pairs = [*itertools.combinations(range(n), 2)]
     edges = [pair for pair in pairs if rng.random() < 0.3] or [rng.choice(pairs)]
-    return [n, edges], f"{n} {' '.join(f'{a}{b}' for a, b in edges)}:"
+    prompt = f"{n} {' '.join(f'{a}{b}' for a, b in edges)}:"
+    return [n, edges], prompt, [*map(str, range(n))]
 
 
 def mis_value(instance: list, picks: list[int]) -> int:
@@ -236,10 +238,11 @@ def mis_best(instance: list) -> int:
     return int((inside.sum(-1) * ~np.any(joined, 0)).max())
 
 
-def tsp_draw(rng: random.Random, n: int) -> tuple[list, str]:
+def tsp_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
     """Cities at different places of a 10 x 10 grid: "37 12 95 40:"."""
     cities = [divmod(place, 10) for place in rng.sample(range(100), n)]
-    return cities, f"{' '.join(f'{x}{y}' for x, y in cities)}:"
+    names = [f"{x}{y}" for x, y in cities]
+    return cities, f"{' '.join(names)}:", names
 
 
 def tsp_value(instance: list, picks: list[int]) -> int:
@@ -274,11 +277,12 @@ NP = {
 
 
 def np_problems(name: str, split: str, seed: int, n: int) -> Iterator[Problem]:
-    """Endless problems of one kind; the worked answers are feasible ones, drawn at
-    random. The instance in sorted form decides whether it is held out."""
+    """Problems of one kind; the worked answers are feasible ones, drawn at random. The
+    instance in sorted form decides whether it is held out. Not endless: of the smallest
+    sizes there are too few instances for both splits."""
     (draw, value, best), rng = NP[name], random.Random(f"{name} {split} {seed}")
-    while True:
-        instance, prompt = draw(rng, n)
+    for _ in range(40_000):
+        instance, prompt, names = draw(rng, n)
         order, most, picks = rng.sample(range(n), n), rng.randint(1, n), []
         for i in order:
             if len(picks) < most and value(instance, [*picks, i]):
@@ -286,17 +290,20 @@ def np_problems(name: str, split: str, seed: int, n: int) -> Iterator[Problem]:
         picks = order if name == "tsp" else sorted(picks)
         held_out = random.Random(str(sorted(prompt[:-1].split()))).random() < 1 / 8
         if held_out == (split == "eval"):
-            answer = [name, n, instance, best(instance)]
-            yield Problem(prompt, answer, "".join(map(str, picks)))
+            answer = [name, names, instance, best(instance)]
+            yield Problem(prompt, answer, "".join(names[i] for i in picks))
 
 
 def np_verify(problem: Problem, completion: str) -> tuple[bool, float, object]:
     """Feasible or not; quality: value / best value (the inverse for a tour), 0 if
     infeasible; what the answer stands for: a set, of tours that of their edges."""
-    name, n, instance, best = problem.answer
-    picks = [*map(int, completion)] if re.fullmatch("[0-9]{1,9}", completion) else []
-    once = picks and len({*picks}) == len(picks) and max(picks) < n
-    value = NP[name][1](instance, picks) if once else 0
+    name, names, instance, best = problem.answer
+    if not re.fullmatch("[0-9]{1,18}", completion):
+        return False, 0.0, None
+    parts, value = re.findall("." * len(names[0]), completion), 0
+    if {*parts} <= {*names} and len({*parts}) == len(completion) / len(names[0]):
+        picks = [names.index(part) for part in parts]
+        value = NP[name][1](instance, picks)
     if not value:
         return False, 0.0, None
     if name == "tsp":
@@ -306,13 +313,13 @@ def np_verify(problem: Problem, completion: str) -> tuple[bool, float, object]:
 
 
 def np_reward(problem: Problem, completion: str) -> float:
-    """0.1 for the format, 1 to 9 digits, + quality."""
-    formatted = bool(re.fullmatch("[0-9]{1,9}", completion))
+    """0.1 for the format, 1 to 18 digits, + quality."""
+    formatted = bool(re.fullmatch("[0-9]{1,18}", completion))
     return 0.1 * formatted + np_verify(problem, completion)[1]
 
 
 np_reward.verify = np_verify  # a plug-in's reward may have one too, see evaluate
-SIZES = {"mis": 8, "knapsack": 6, "tsp": 5}
+SIZES = {"mis": 7, "knapsack": 6, "tsp": 5}
 TASKS = {k: (functools.partial(np_problems, k), np_reward, n) for k, n in SIZES.items()}
 TASKS["countdown"] = countdown_problems, countdown_reward, 3  # 3: default size
 
