@@ -1,0 +1,1379 @@
+"""PrefixRL: RL on hard problems, conditioned on prefixes of off-policy traces.
+
+Paper: Reuse your FLOPs (arXiv 2601.18795). Parent: grpo.py, whose update this is.
+
+On a problem that the model never solves, every group of completions is all wrong, and
+RL learns nothing. But some FLOPs were spent once to find one right answer (a trace) to
+it. Let the model answer from somewhere inside that trace, and it is right now and then:
+
+    x            a hard problem: none of --hard-k samples of the base model is right
+    z            its trace: the first right one in at most --trace-cap more samples,
+                 or one that somebody else made (--traces)
+    x_h = x z_<h     a prefixed problem: h tokens of z, --prefix-low |z| <= h <=
+                 --prefix-high |z|, stand at the start of the answer
+    J = E_x,y [ A sum_t log pi(y_t | x, y_<t) ]  +  the same with x_h in place of x
+
+Both kinds of problem are learned by the same policy gradient, A = r - mean(r) of the
+group (--advantage-scale std: GRPO's). The prefix is context: nothing of it is in the
+loss, and all that is learned from is sampled from pi itself. What is learned behind the
+prefixes carries over to the problems without (back-generalisation): only those count in
+the evaluation.
+
+Compute is counted as the paper does: 2 N FLOPs for a token that N parameters read, 6 N
+for one trained on; prompts and prefixes too, the search for hard problems and traces
+too, evaluation not. --max-flops ends runs at equal cost. Other ways to use the traces:
+
+    --prefixes-per-problem 0                   plain RL on the hard problems
+    --prefixes-per-problem 0 --sft-epochs 10   imitate the traces, then plain RL
+    --prefixes-per-problem 0 --off-policy      plain RL; z takes the last place of each
+                                               group, A weighted by pi(z) / pi_base(z)
+    --plain-share 0                            prefixed problems only
+
+Differences. pi_base(z) is what z was sampled with; that it was kept because it is right
+is left out of the weight, which is not truncated. The paper gives no clip and no KL:
+grpo.py's are here, by flag; clips matter from the second update on a batch only.
+
+    python algos/prefixrl.py
+    python algos/prefixrl.py --model Qwen/Qwen3-0.6B --data train.jsonl --hard-k 512 \\
+        --trace-cap 2500 --prompts-per-step 128 --max-new-tokens 4096
+
+The first learns Countdown with four numbers from a model that knows three, with nothing
+to download.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+import tyro
+from matplotlib.figure import Figure
+from tokenizers import Tokenizer, decoders, models
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+OWN = (
+    "CURVE",
+    "check",
+    "evaluate",
+)  # names whose text may differ from that in the other scripts
+CURVE = "eval/(hard_)?pass@.*"  # metrics that curve.png shows
+RANK = int(os.environ.get("RANK", 0))  # of torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+
+@dataclasses.dataclass
+class Args:
+    seed: int = 1  # of the data order, the sampling and the built-in model
+    steps: int = 200  # batches in the whole run, those before a --resume included
+    run_dir: str = ""  # folder of the run (default: runs/prefixrl/<time>-s<seed>)
+    resume: str = ""  # folder of a run to continue, under its own flags
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products
+    model: str = "tiny"  # tiny (built in), a local folder or a hub name
+    task: str = "countdown-4"  # countdown-4, -5, ... (numbers) or a task.py
+    data: str = ""  # JSONL file of {"prompt": ..., "answer": ...}, instead of --task
+    eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)
+    candidates: int = 96  # problems among which the hard ones are looked for
+    hard_k: int = 64  # samples that must all be wrong for a problem to be hard
+    trace_cap: int = 2000  # more samples of a hard problem at most, to find a trace
+    traces: str = ""  # JSONL of {"prompt": ..., "ids" or "text": ...} instead
+    strict_traces: bool = False  # stop at a bad line of --traces, do not skip it
+    prefixes_per_problem: int = 3  # cut from each trace; 0: plain RL
+    prefix_low: float = 0.4  # least share of the trace in a prefix
+    prefix_high: float = 0.8  # greatest share of it
+    plain_share: float = 0.25  # of a batch: hard problems without a prefix
+    sft_epochs: int = 0  # epochs of imitation of the traces before RL
+    off_policy: bool = False  # traces join their plain groups, importance-weighted
+    max_flops: float = 0.0  # end the run once this much is spent (0: after --steps)
+    prompts_per_step: int = 64  # prompts in a batch, over all ranks
+    group_size: int = 8  # completions of each prompt (G)
+    max_new_tokens: int = 32  # length at which a completion is cut off
+    temperature: float = 1.0  # of sampling, and inside every log-prob
+    learning_rate: float | None = None  # default: 3e-4 for tiny, 1e-6 for other models
+    warmup_steps: int = 10  # steps over which the learning rate rises
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    micro_batch_size: int = 64  # completions in one forward and backward pass
+    rollout_batch_size: int = 512  # completions decoded side by side
+    gradient_checkpointing: bool = False  # recompute activations to save memory
+    updates_per_batch: int = 1  # optimiser steps on each batch
+    clip_low: float = 0.2  # e_low: ratios are clipped at 1 - e_low
+    clip_high: float = 0.28  # e_high: ratios are clipped at 1 + e_high
+    advantage_scale: Literal["std", "none"] = (
+        "none"  # divide by the group's std, or not
+    )
+    normalization: Literal["token", "sequence", "constant"] = "token"  # w and Z above
+    kl_coef: float = 0.0  # beta: weight of the KL to the initial model
+    mask_truncated: bool = False  # leave cut-off completions out of the loss
+    eval_every: int = 50  # steps between evaluations
+    eval_prompts: int = 256  # held-out problems in an evaluation
+    eval_samples: int = 8  # completions of each of them
+    save_every: int = 50  # steps between checkpoints
+    track: bool = False  # mirror the metrics to Weights & Biases
+    wandb_project: str = "onefile-rl"  # project there
+
+
+def fail(message: str) -> NoReturn:
+    """Stop with one line about what the user can put right, exit code 2."""
+    tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Turn an exception inside into one line: `what` went wrong, and why."""
+    try:
+        yield
+    except Exception as e:
+        fail(f"{what}: {type(e).__name__}: {e}")
+
+
+# ------------------------------------- Task -------------------------------------------
+
+
+class Problem(NamedTuple):
+    """A prompt (text or chat messages), what the reward needs, and a worked answer."""
+
+    prompt: str | list[dict]
+    answer: object
+    solution: str = ""
+
+
+OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+OPERATORS["/"] = lambda a, b: a // b if b and a % b == 0 else -1  # -1 is never a result
+
+
+def countdown_problems(split: str, seed: int, size: int) -> Iterator[Problem]:
+    """Endless problems such as "3 5 7 2=24:" with the answer "3*5=15;15+7=22;22+2=24":
+    each number and each result is used once. The sorted numbers and the target decide
+    whether a problem is held out, so the splits share none."""
+    rng = random.Random(f"{split} {seed}")
+    while True:
+        given = rng.choices(range(1, 16), k=size)
+        pool, steps = list(given), []
+        while len(pool) > 1 and 0 <= pool[-1] <= 99:
+            a, b = (pool.pop(rng.randrange(len(pool))) for _ in "ab")
+            sign = rng.choice("+-*/")
+            pool.append(OPERATORS[sign](a, b))
+            steps.append(f"{a}{sign}{b}={pool[-1]}")
+        held_out = random.Random(f"{sorted(given)} {pool}").random() < 1 / 8
+        if 0 <= pool[-1] <= 99 and held_out == (split == "eval"):
+            prompt = f"{' '.join(map(str, given))}={pool[0]}:"
+            yield Problem(prompt, [given, pool[0]], ";".join(steps))
+
+
+def countdown_reward(problem: Problem, completion: str) -> float:
+    """1.0 for right steps that use every number once and reach the target, else 0.0."""
+    given, target = problem.answer
+    pool = list(given)
+    for step in completion[: 20 * len(given)].split(";"):
+        match = re.fullmatch(r"([0-9]{1,4})([-+*/])([0-9]{1,4})=([0-9]{1,4})", step)
+        if not match:
+            return 0.0
+        a, b, result = int(match[1]), int(match[3]), int(match[4])
+        for operand in (a, b):
+            if operand not in pool:
+                return 0.0
+            pool.remove(operand)
+        if OPERATORS[match[2]](a, b) != result:
+            return 0.0
+        pool.append(result)
+    return float(pool == [target] and len(completion) <= 20 * len(given))
+
+
+TASKS = {"countdown": (countdown_problems, countdown_reward, 3)}  # 3: default size
+
+
+def answer_reward(problem: Problem, completion: str) -> float:
+    """For --data: 1.0 if the answer is the text after the last "Answer:" (all the text
+    if there is none) or the last number in it, else 0.0."""
+    text = completion[-1000:].rpartition("Answer:")[2].strip().rstrip(".")
+    numbers = re.findall(r"-?[0-9]+(?:[.,][0-9]+)*", text)
+    return float(str(problem.answer).strip() in (text, *numbers[-1:]))
+
+
+def to_problem(item: Problem | dict) -> Problem:
+    """A line of --data, or what a task.py yields, as a Problem."""
+    if isinstance(item, Problem):
+        return item
+    return Problem(item["prompt"], item["answer"], item.get("solution", ""))
+
+
+def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
+    """Problems to train on, held-out ones (none in both), reward(problem, text)."""
+    where, splits = args.data or args.task, ("train", "eval")
+    files, (name, _, size) = [where, where], args.task.partition("-")
+    if args.data:
+        files, sources = [args.data, args.eval_data or args.data], []
+        for file in files:
+            with blame(f"cannot read {file}"):
+                sources.append(list(Path(file).open(encoding="utf-8")))
+        reward = answer_reward
+    elif name in TASKS and re.fullmatch("[2-9]?", size):
+        problems, reward, default = TASKS[name]
+        n = int(size or default)
+        sources = [problems(split, args.seed, n) for split in splits]
+    elif args.task.endswith(".py"):
+        with blame(f"{where} is no task with the functions problems and reward"):
+            plugin = runpy.run_path(args.task)
+            reward, problems = plugin["reward"], plugin["problems"]
+            sources = [iter(problems(split, args.seed)) for split in splits]
+    else:
+        known = ", ".join(f"{name}, {name}-4" for name in TASKS)
+        fail(f"unknown task {where!r}: give {known} (sizes 2 to 9) or a task.py")
+    parsed = [], []
+    many = 20_000, args.eval_prompts
+    for file, problems, source, most in zip(files, parsed, sources, many):
+        most = None if args.data else most  # generators may be endless
+        for i, item in enumerate(itertools.islice(source, most), 1):
+            with blame(f"{file}, line {i}: no object with prompt and answer"):
+                problems.append(to_problem(json.loads(item) if args.data else item))
+    held_out = parsed[1][:: 10 if args.data and not args.eval_data else 1]
+    held_out = held_out[: args.eval_prompts]
+    seen = {str(problem.prompt) for problem in held_out}
+    train = [problem for problem in parsed[0] if str(problem.prompt) not in seen]
+    if len(train) < args.prompts_per_step or len(held_out) < WORLD_SIZE:
+        counts = f"{len(train)} problems to train on, {len(held_out)} held out"
+        fail(
+            f"{' or '.join(files)}: {counts}, and a step takes {args.prompts_per_step}"
+        )
+    score(reward, train[:1], [train[0].solution])  # a broken reward ends here
+    return train, held_out, reward
+
+
+def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.Tensor:
+    """Rewards (B,) float32; an error or a non-number names its sample and stops."""
+    rewards = []
+    for i, (problem, text) in enumerate(zip(problems, texts)):
+        with blame(f"the reward failed on sample {i}, completion {text!r}"):
+            rewards.append(reward(problem, text))
+            if np.ndim(rewards[-1]) or not np.isfinite(rewards[-1]):
+                raise ValueError(f"{rewards[-1]} is not a finite number")
+    return torch.tensor(rewards, dtype=torch.float32)
+
+
+# ------------------------------------- Model ------------------------------------------
+
+
+def warm_start(problems: list[Problem], seed: int, steps: int, width: int) -> tuple:
+    """A Qwen3 (width 128: 0.8 M parameters), one token a character, trained on batches
+    of 64 worked answers; and its tokenizer."""
+    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    characters = [*special.values(), "\n", *map(chr, range(32, 127))]
+    vocabulary = {character: i for i, character in enumerate(characters)}
+    backend = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    special |= dict(tokenizer_object=backend)
+    tokenizer = transformers.PreTrainedTokenizerFast(**special)
+    shape = dict(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4)
+    shape |= dict(vocab_size=len(characters), max_position_embeddings=512)
+    ids = dict(pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    config = transformers.Qwen3Config(tie_word_embeddings=True, **shape, **ids)
+    torch.manual_seed(seed)
+    model = transformers.Qwen3ForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in tqdm(range(steps), "warm start, once", leave=False):
+        batch = [problems[i] for i in torch.randint(len(problems), (64,))]
+        prompts = tokenizer([p.prompt for p in batch])["input_ids"]
+        answers = tokenizer([p.solution + "<eos>" for p in batch])["input_ids"]
+        tokens = torch.cat([pad(prompts, 0, "left"), pad(answers, 0, "right")], -1)
+        mask, width = (tokens != 0).long(), max(map(len, answers))
+        logprobs, _ = token_logprobs(model, tokens, mask, width, temperature=1.0)
+        (-logprobs.sum() / mask[:, -width:].sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model, tokenizer
+
+
+def tiny_model(problems: list[Problem], seed: int, steps=450, width=128) -> str:
+    """Folder of the warm-started model, cached under a hash of all that defines it."""
+    solved = [p for p in problems if isinstance(p.prompt, str) and p.solution]
+    if not solved:
+        fail("the tiny model needs worked answers to start from: give a --model")
+    parts = warm_start, token_logprobs, last_hidden, pad
+    defined = [[inspect.getsource(part) for part in parts], solved, seed, steps, width]
+    defined += [torch.__version__, transformers.__version__]
+    name = f"tiny-{hashlib.sha256(json.dumps(defined).encode()).hexdigest()[:16]}"
+    path, new = Path("runs/cache", name), Path("runs/cache", f"{name}.{os.getpid()}")
+    if not path.exists() and RANK == 0:
+        for part in warm_start(solved, seed, steps, width):
+            part.save_pretrained(new)
+        with contextlib.suppress(OSError):  # another process was first
+            new.rename(path)
+        shutil.rmtree(new, ignore_errors=True)
+    if WORLD_SIZE > 1:
+        dist.barrier()
+    return str(path)
+
+
+def easy_problems(problems: list[Problem], args: Args) -> list[Problem]:
+    """What the tiny model starts from: of Countdown, 98 % problems with one number less
+    and 2 % that show how long an answer gets; no candidate for training either way."""
+    rest, (name, _, size) = problems[args.candidates :], args.task.partition("-")
+    if args.data or name != "countdown":
+        return rest
+    size = int(size or TASKS[name][2])
+    easier = countdown_problems("train", args.seed, max(size - 1, 2))
+    return [rest[i] if i % 50 == 0 else next(easier) for i in range(len(rest))]
+
+
+def load_model(name: str, args: Args) -> tuple:
+    """Model (fp32 weights, no dropout) and tokenizer of a folder or a hub name."""
+    with blame(f"cannot load the model {name!r}"):
+        config = transformers.AutoConfig.from_pretrained(name)
+        for key in [key for key in vars(config) if "drop" in key]:
+            setattr(config, key, 0.0)
+        kwargs = dict(config=config, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if tokenizer.eos_token_id is None:
+            raise ValueError("its tokenizer has no EOS token, so no completion can end")
+        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(config, key, None) not in (None, 1.0):
+                raise ValueError(f"its logits are changed after the head by {key}")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.to(args.device), tokenizer
+
+
+def autocast(args: Args) -> torch.autocast:
+    """Matrix products in bf16 if --dtype says so; the weights themselves stay fp32."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def all_reduce(x: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
+    """x summed over torchrun's ranks, in place; x itself in a single process."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(x, getattr(dist.ReduceOp, operation))
+    return x
+
+
+# ------------------------------------ Rollout -----------------------------------------
+
+
+@dataclasses.dataclass
+class Rollout:
+    """B completions, the groups of the prompts one after another. T = P + C."""
+
+    tokens: torch.Tensor  # (B, T) int64, prompts left-padded, completions right-padded
+    attention_mask: torch.Tensor  # (B, T) int64
+    completion_mask: torch.Tensor  # (B, C) float32, first EOS inclusive
+    logprobs: torch.Tensor  # (B, C) float32, as sampled, at the sampling temperature
+    rewards: torch.Tensor  # (B,) float32
+    truncated: torch.Tensor  # (B,) bool: no EOS
+    texts: list[str]  # B completions without special tokens
+
+
+def pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
+    """Rows of ids as one tensor (rows, longest), padded on the left or the right."""
+    return pad_sequence([torch.tensor(r) for r in rows], True, value, padding_side=side)
+
+
+def encode_prompts(tokenizer, problems: list[Problem], longest: int) -> list[list[int]]:
+    """Token ids of the prompts: text as it is, messages by the chat template, once."""
+    encoded = []
+    for i, (prompt, *_) in enumerate(problems):
+        with blame(f"prompt {i} ({str(prompt)[:60]!r}) cannot be used"):
+            if isinstance(prompt, str):
+                bare = not prompt.startswith(tokenizer.bos_token or "\0")  # not twice
+                ids = tokenizer(prompt, add_special_tokens=bare)["input_ids"]
+            else:
+                ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+                ids = ids["input_ids"]
+            if not 0 < len(ids) <= longest:
+                raise ValueError(f"{len(ids)} tokens, there is room for {longest}")
+        encoded.append(ids)
+    return encoded
+
+
+def uniforms(args: Args, step: int, prompts: int, samples: int) -> torch.Tensor:
+    """Noise (prompts x samples, max_new_tokens) float64 in [0, 1), this rank's share: a
+    function of seed and step alone, whatever ran before and however many ranks run."""
+    shape = prompts, samples, args.max_new_tokens
+    noise = np.random.default_rng([args.seed, step]).random(shape)[RANK::WORLD_SIZE]
+    return torch.from_numpy(noise).flatten(0, 1)
+
+
+def completion_mask(completions: torch.Tensor, eos_token_id: int) -> tuple:
+    """Mask (B, C) float32 up to the first EOS inclusive; truncated (B,) bool: no EOS.
+    Places decide, not the padding's value: pad == eos is fine."""
+    is_eos = completions == eos_token_id
+    return (is_eos.cumsum(-1) - is_eos.long() == 0).float(), ~is_eos.any(-1)
+
+
+@torch.no_grad()
+def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> tuple:
+    """Completions (B, C) from the plain softmax at a temperature, and log-probs (B, C).
+
+    prompts (N, P), left-padded, are read once and shared by their B / N completions.
+    noise (B, C) in [0, 1) is all the randomness there is: the inverse CDF turns it into
+    tokens, so a completion does not depend on its neighbours. No warper of the
+    checkpoint's generation_config takes part. Finished rows are dropped.
+    """
+    exact = torch.float32 if prompts.device.type == "mps" else torch.float64
+    completions = torch.full(noise.shape, eos_token_id, device=prompts.device)
+    logprobs = torch.zeros(noise.shape, device=prompts.device)
+    inputs, positions = prompts, (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    rows = torch.arange(len(noise), device=prompts.device)  # still being decoded
+    cache = transformers.DynamicCache()
+    for t in range(noise.shape[1]):
+        kwargs = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
+        kwargs |= dict(attention_mask=attention_mask, position_ids=positions)
+        logits = model(input_ids=inputs, **kwargs).logits[:, -1].float() / temperature
+        if t == 0:
+            group_size = len(noise) // len(prompts)
+            cache.batch_repeat_interleave(group_size)
+            logits, attention_mask, positions = (
+                x.repeat_interleave(group_size, 0)
+                for x in (logits, attention_mask, positions[:, -1:])
+            )
+        log_softmax = logits.log_softmax(-1)
+        cdf = log_softmax.to(exact).exp().cumsum(-1)
+        point = noise[rows, t, None].to(exact) * cdf[:, -1:]
+        token = torch.searchsorted(cdf, point, right=True).clamp(max=cdf.shape[-1] - 1)
+        completions[rows, t] = token[:, 0]
+        logprobs[rows, t] = log_softmax.gather(-1, token)[:, 0]
+        running = (completions[rows, : t + 1] != eos_token_id).all(-1)
+        if not running.any():
+            break
+        if running.float().mean() < 0.8:  # enough are finished for the copy to pay
+            rows, token, attention_mask, positions = (
+                x[running] for x in (rows, token, attention_mask, positions)
+            )
+            cache.batch_select_indices(running.nonzero()[:, 0])
+        inputs, positions = token, positions + 1
+        attention_mask = torch.cat([attention_mask, torch.ones_like(token)], -1)
+    return completions, logprobs
+
+
+def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> Rollout:
+    """Completions of the prompts, len(noise) / len(prompts) of each; no rewards yet."""
+    model.eval()
+    eos, group_size = tokenizer.eos_token_id, len(noise) // len(prompts)
+    ids = pad(prompts, tokenizer.pad_token_id, "left").to(args.device)
+    seen = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(args.device)
+    noise, n = noise.to(args.device), max(1, args.rollout_batch_size // group_size)
+    batches = zip(ids.split(n), seen.split(n), noise.split(n * group_size))
+    with autocast(args):
+        parts = [decode(model, *batch, args.temperature, eos) for batch in batches]
+    completions, logprobs = (torch.cat(part) for part in zip(*parts))
+    mask, truncated = completion_mask(completions, eos)
+    width = int(mask.sum(-1).max())
+    completions, logprobs, mask = (x[:, :width] for x in (completions, logprobs, mask))
+    completions = completions.masked_fill(mask == 0, tokenizer.pad_token_id)
+    ids, seen = (x.repeat_interleave(group_size, 0) for x in (ids, seen))
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    tokens = torch.cat([ids, completions], -1)
+    attention_mask = torch.cat([seen, mask.long()], -1)
+    rewards = torch.zeros(len(mask), device=args.device)
+    logprobs = logprobs * mask
+    return Rollout(tokens, attention_mask, mask, logprobs, rewards, truncated, texts)
+
+
+# -------------------------------- Log-probabilities -----------------------------------
+
+
+def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
+    """What the head reads to score the last C columns of tokens (B, T): hidden states
+    (n, D), with gradient, and which n of the (B, C) tokens they predict, bool: those
+    that attention_mask (B, T) has. Columns of nothing but padding are cut off."""
+    used = attention_mask.any(0).nonzero()[:, 0]
+    start, end = int(used[0]), int(used[-1]) + 1
+    scored = attention_mask[:, -completion_length:].bool()
+    width = completion_length - (tokens.shape[1] - end)
+    mask = attention_mask[:, start:end]
+    kwargs = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    output = model.base_model(tokens[:, start:end], use_cache=False, **kwargs)
+    return output.last_hidden_state[:, -1 - width : -1][scored[:, :width]], scored
+
+
+def token_logprobs(
+    model, tokens, attention_mask, completion_length: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs (B, C), with gradient, and entropies (B, C) of the last C columns of
+    tokens (B, T), in nats; 0 where attention_mask (B, T) is. Logits of at most 2^26 / V
+    tokens exist at once: the backward pass makes them again, chunk by chunk."""
+    head = model.get_output_embeddings()
+
+    def chunk_logprobs(hidden, targets):
+        log_softmax = (head(hidden).float() / temperature).log_softmax(-1)
+        entropy = -(log_softmax.detach().exp() * log_softmax.detach()).sum(-1)
+        return log_softmax.gather(-1, targets[:, None])[:, 0], entropy
+
+    hidden, scored = last_hidden(model, tokens, attention_mask, completion_length)
+    targets, n = tokens[:, -completion_length:][scored], 2**26 // head.weight.shape[0]
+    pairs = zip(hidden.split(n + 1), targets.split(n + 1))
+    parts = [checkpoint(chunk_logprobs, *pair, use_reentrant=False) for pair in pairs]
+    zeros = torch.zeros(scored.shape, device=tokens.device)
+    return tuple(zeros.masked_scatter(scored, torch.cat(x)) for x in zip(*parts))
+
+
+# ------------------------------------- Traces -----------------------------------------
+
+
+class Trace(NamedTuple):
+    """One right answer: its token ids, as they were sampled or given, and the
+    log-prob that its sampler gave it (None: not known)."""
+
+    ids: list[int]
+    logprob: float | None = None
+
+
+def needs_traces(args: Args) -> bool:
+    """Plain RL does without."""
+    return bool(args.prefixes_per_problem or args.sft_epochs or args.off_policy)
+
+
+def cached(path: Path, make: Callable, args: Args) -> object:
+    """What make() returned when `path` was first asked for, whichever run that was."""
+    found = torch.tensor(float(path.exists()), device=args.device)
+    if all_reduce(found, "MIN") > 0:
+        return json.loads(path.read_text())
+    result, new = make(), path.with_suffix(f".{os.getpid()}")
+    if RANK == 0:
+        with blame(f"cannot write {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new.write_text(json.dumps(result))
+            new.replace(path)
+    return result
+
+
+def search_folder(model, problems: list[Problem], reward: Callable, args: Args) -> Path:
+    """Folder for what phase 1 finds, named by a hash of all that decides it."""
+    digest = hashlib.sha256()
+    for name, weights in model.state_dict().items():
+        digest.update(name.encode() + weights.cpu().contiguous().numpy().tobytes())
+    parts = decode, generate, uniforms, attempts, encode_prompts, reward, score
+    names = "seed hard_k temperature max_new_tokens rollout_batch_size dtype device"
+    defined = [[inspect.getsource(part) for part in parts], problems, args.task]
+    defined += [[getattr(args, name) for name in (*names.split(), "prompts_per_step")]]
+    defined += [torch.__version__, transformers.__version__, torch.get_num_threads()]
+    digest.update(json.dumps(defined, default=str).encode())
+    return Path("runs/cache", f"search-{digest.hexdigest()[:16]}")
+
+
+def attempts(model, tokenizer, prompts, problems, reward, samples, number, args):
+    """`samples` completions of each problem by the base model with the noise of chunk
+    `number`: for each how many were right, the first of these (place, ids, log-prob) or
+    None, and its tokens read."""
+    mine = slice(RANK, None, WORLD_SIZE)
+    noise = uniforms(args, 10**9 + number, len(prompts), samples)  # no step's noise
+    found = []
+    if prompts[mine]:
+        rollout = generate(model, tokenizer, prompts[mine], noise, args)
+        posed = [problem for problem in problems[mine] for _ in range(samples)]
+        right = score(reward, posed, rollout.texts).view(-1, samples) >= 1
+        lengths = rollout.completion_mask.sum(-1).long()
+        completions = rollout.tokens[:, -rollout.completion_mask.shape[1] :]
+        for i, hits in enumerate(right):
+            first = None
+            if hits.any():
+                place = int(hits.long().argmax())
+                row = i * samples + place
+                ids = completions[row, : lengths[row]].tolist()
+                first = [place, ids, rollout.logprobs[row].sum().item()]
+            read = lengths[i * samples : (i + 1) * samples].sum().item()
+            found.append([int(hits.sum()), first, read + len(prompts[mine][i])])
+    if WORLD_SIZE > 1:
+        parts = [None] * WORLD_SIZE
+        dist.all_gather_object(parts, found)
+        found = [parts[i % WORLD_SIZE][i // WORLD_SIZE] for i in range(len(prompts))]
+    return found
+
+
+def search(model, tokenizer, prompts, problems, reward, args) -> tuple:
+    """Phase 1: indices of the hard problems, traces {index: Trace} of them by rejection
+    sampling (if they are needed), and what was spent. What was tried is kept chunk by
+    chunk, so that a killed search goes on where it was."""
+    folder, number = search_folder(model, problems, reward, args), itertools.count()
+
+    def try_all(which: list[int], samples: int) -> Iterator[tuple]:
+        size = args.prompts_per_step
+        chunks = [which[i : i + size] for i in range(0, len(which), size)]
+        for chunk in tqdm(chunks, "search", leave=False, disable=RANK > 0):
+            n = next(number)
+            posed = [prompts[i] for i in chunk], [problems[i] for i in chunk]
+            make = lambda: attempts(model, tokenizer, *posed, reward, samples, n, args)
+            yield from zip(chunk, cached(folder / f"{n}-{samples}.json", make, args))
+
+    hard, traces, tries, tokens = [], {}, [], [0, 0]
+    for i, (right, _, read) in try_all([*range(len(problems))], args.hard_k):
+        tokens[0] += read
+        hard += [i] if right == 0 else []
+    done, cap = 0, args.trace_cap if needs_traces(args) and not args.traces else 0
+    while done < cap and len(traces) < len(hard):
+        samples = min(args.hard_k, cap - done)
+        for i, (_, first, read) in try_all(
+            [i for i in hard if i not in traces], samples
+        ):
+            tokens[1] += read
+            if first:
+                traces[i] = Trace(*first[1:])
+                tries.append(done + first[0] + 1)
+        done += samples
+    spent = {"hard_problems": len(hard), "hard_share": len(hard) / len(problems)}
+    spent |= {"tries_mean": float(np.mean(tries))} if tries else {}
+    n = sum(p.numel() for p in model.parameters())
+    spent |= {"flops_hard_search": flops(n, tokens[0])}
+    return hard, traces, spent | {"flops_traces": flops(n, tokens[1])}
+
+
+def read_traces(
+    file: str, tokenizer, prompts, problems, reward, longest: int, args: Args
+) -> dict[int, Trace]:
+    """Traces {index: Trace} of a JSONL file, each verified: "ids" are used as they are,
+    a "text" is tokenised once. A bad line is reported, and skipped or, with
+    --strict-traces, the end."""
+    traces, places = {}, {str(p.prompt): i for i, p in enumerate(problems)}
+    with blame(f"cannot read {file}"):
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            item = json.loads(line)
+            if item.get("ids", "") is None:
+                continue  # a run's own list says that there is none
+            i, ids = places.get(str(item["prompt"])), item.get("ids")
+            if i is None:
+                raise ValueError("its problem is not among the candidates")
+            if i in traces:
+                raise ValueError("its problem has a trace already")
+            if ids is None:
+                ids = tokenizer(item["text"], add_special_tokens=False)["input_ids"]
+                ids.append(tokenizer.eos_token_id)
+            if not ids or not all(
+                type(x) is int and 0 <= x < len(tokenizer) for x in ids
+            ):
+                raise ValueError("its ids are no ids of this tokenizer")
+            if len(prompts[i]) + len(ids) > longest:
+                raise ValueError("it does not fit into the context")
+            if reward(problems[i], tokenizer.decode(ids, skip_special_tokens=True)) < 1:
+                raise ValueError("its answer is wrong")
+            logprob = item.get("logprob")
+            if args.off_policy and type(logprob) is not float:
+                raise ValueError("--off-policy needs its logprob")
+            traces[i] = Trace(ids, logprob)
+        except Exception as e:
+            message = f"{file}, line {number}: {type(e).__name__}: {e}"
+            if args.strict_traces:
+                fail(message)
+            if RANK == 0:
+                tqdm.write(f"skipped: {message}", file=sys.stderr)
+    return traces
+
+
+# --------------------------------- THE ALGORITHM --------------------------------------
+
+
+def cut_prefix(trace: list[int], low: float, high: float, rng) -> list[int]:
+    """The first h ids of a trace of n (section 3), h uniform over the whole numbers
+    with low n <= h <= high n; if there is none, the next above low n. At least one id
+    is left to be answered: h < n, a single id has the prefix []. rng: random.Random.
+    ValueError: not 0 <= low <= high <= 1."""
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"0 <= {low} <= {high} <= 1 does not hold")
+    n = len(trace)
+    least, most = math.ceil(round(low * n, 9)), math.floor(round(high * n, 9))
+    return trace[: min(rng.randint(least, max(least, most)), max(n - 1, 0))]
+
+
+def cut_prefixes(traces: dict[int, Trace], eos: int, args: Args) -> list[tuple]:
+    """Phase 2: the prefixed problems (index, prefix), args.prefixes_per_problem of each
+    trace, a function of the seed. A final EOS is no part of what is cut; what is too
+    short for a prefix stays a plain problem."""
+    pairs = []
+    for i, trace in traces.items():
+        rng = random.Random(f"{args.seed} prefix {i}")
+        ids = trace.ids[:-1] if trace.ids[-1] == eos else trace.ids
+        for _ in range(args.prefixes_per_problem):
+            pairs.append((i, cut_prefix(ids, args.prefix_low, args.prefix_high, rng)))
+    return [(i, prefix) for i, prefix in pairs if prefix]
+
+
+def draw(pool: list, step: int, count: int, *key: int) -> list:
+    """The step's `count` members of a pool that is gone through again and again, in a
+    new order each time: a function of step and key (seed and pool)."""
+    drawn = []
+    for place in range((step - 1) * count, step * count):
+        epoch, i = divmod(place, len(pool))
+        drawn.append(
+            pool[np.random.default_rng([*key, epoch]).permutation(len(pool))[i]]
+        )
+    return drawn
+
+
+def draw_batch(prefixed: list, plain: list, step: int, args: Args) -> list[tuple]:
+    """The (index, prefix) of a step, this rank's share: --plain-share of them plain,
+    the rest prefixed; all plain if there is no prefix."""
+    n = args.prompts_per_step
+    few = round(args.plain_share * n) if prefixed else n
+    batch = draw(prefixed, step, n - few, args.seed, 1) if few < n else []
+    batch += draw(plain, step, few, args.seed, 2) if few else []
+    return batch[RANK::WORLD_SIZE]
+
+
+def answers(tokenizer, rollout: Rollout, prefixes: list, n: int) -> list[str]:
+    """Texts (B,) of whole answers, prefix and completion decoded as one; n completions
+    of each prefix ([]: the texts stay as they are)."""
+    width, texts = rollout.completion_mask.shape[1], list(rollout.texts)
+    for row in range(len(texts)):
+        if prefix := prefixes[row // n]:
+            ids = prefix + rollout.tokens[row, -width:].tolist()
+            texts[row] = tokenizer.decode(ids, skip_special_tokens=True)
+    return texts
+
+
+def flops(parameters: int, read: int, trained: int = 0) -> int:
+    """2 N for each token read, 6 N for each one trained on (section 4)."""
+    return 2 * parameters * read + 6 * parameters * trained
+
+
+def read_tokens(rollout: Rollout, group_size: int) -> int:
+    """Tokens read to sample a rollout: a group's prompt once, all completions."""
+    prompts = rollout.attention_mask.sum(-1) - rollout.completion_mask.sum(-1)
+    return int(prompts[::group_size].sum() + rollout.completion_mask.sum())
+
+
+def trained_tokens(rollout: Rollout, advantages, args: Args) -> int:
+    """Tokens of the rows that `update` learns from, prompts included, each time."""
+    mask = rollout.completion_mask.any(-1)
+    if args.mask_truncated:
+        mask = mask & ~rollout.truncated
+    live = mask & ((advantages != 0) | (args.kl_coef > 0))
+    return int(rollout.attention_mask[live].sum()) * args.updates_per_batch
+
+
+def trace_rollout(prompts: list[list[int]], traces: list[Trace], args: Args) -> Rollout:
+    """The traces as if they had been sampled, one of each prompt; their ids are those
+    given. No texts; log-probs and rewards 0."""
+    ids = [prompt + trace.ids for prompt, trace in zip(prompts, traces)]
+    lengths = [len(trace.ids) for trace in traces]
+    width = max(lengths)
+    rows = [x + [0] * (width - n) for x, n in zip(ids, lengths)]
+    seen = [[1] * len(x) + [0] * (width - n) for x, n in zip(ids, lengths)]
+    tokens, seen = (pad(x, 0, "left").to(args.device) for x in (rows, seen))
+    mask, none = seen[:, -width:].float(), torch.zeros(len(ids), device=args.device)
+    return Rollout(tokens, seen, mask, 0 * mask, none, none.bool(), [""] * len(ids))
+
+
+def imitate(model, prompts, traces: dict[int, Trace], args: Args) -> int:
+    """--sft-epochs over the traces, in place: `update` with the advantage 1 is maximum
+    likelihood. Returns the FLOPs."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), args.learning_rate, weight_decay=0.0
+    )
+    pool, n, tokens = [*traces], args.prompts_per_step, 0
+    args = dataclasses.replace(args, kl_coef=0.0, updates_per_batch=1)
+    for step in range(1, math.ceil(args.sft_epochs * len(pool) / n) + 1):
+        batch = draw(pool, step, n, args.seed, 3)[RANK::WORLD_SIZE]
+        posed = [prompts[i] for i in batch], [traces[i] for i in batch]
+        rollout, ones = trace_rollout(*posed, args), torch.ones(len(batch))
+        update(model, None, optimizer, rollout, ones.to(args.device), args)
+        tokens += trained_tokens(rollout, ones.to(args.device), args)
+    tokens = all_reduce(torch.tensor(tokens, device=args.device)).item()
+    return flops(sum(p.numel() for p in model.parameters()), 0, tokens)
+
+
+def put_traces(model, tokenizer, rollout, batch, prompts, traces, args) -> tuple:
+    """--off-policy: in each group whose problem has a trace z, it takes the place of
+    the last completion. Returns the new rollout, weights (B,) for its advantages (pi(z)
+    / pi_base(z) for whole traces, 1 elsewhere), and the tokens read on balance: z is
+    scored once; what it replaces counts as not drawn."""
+    group_size, rows, texts = args.group_size, [], list(rollout.texts)
+    width, lengths = rollout.completion_mask.shape[1], rollout.completion_mask.sum(-1)
+    for row, n in zip(rollout.tokens[:, -width:].tolist(), lengths.int().tolist()):
+        rows.append(Trace(row[:n]))
+    last = [(g * group_size + group_size - 1, i) for g, (i, _) in enumerate(batch)]
+    places = [row for row, i in last if i in traces]
+    weights = torch.ones(len(rows), device=args.device)
+    if not places:
+        return rollout, weights, 0
+    for row, i in last:
+        if i in traces:
+            rows[row] = traces[i]
+            texts[row] = tokenizer.decode(traces[i].ids, skip_special_tokens=True)
+    posed = [prompts[i] for i, _ in batch for _ in range(group_size)]
+    new = trace_rollout(posed, rows, args)
+    new = dataclasses.replace(new, texts=texts, truncated=rollout.truncated.clone())
+    new.truncated[places] = False
+    most = new.completion_mask.shape[1]
+    kept = torch.nn.functional.pad(rollout.logprobs, (0, max(0, most - width)))
+    new.logprobs = kept[:, :most] * new.completion_mask
+    with torch.no_grad(), autocast(args):
+        batch = new.tokens[places], new.attention_mask[places], most
+        new.logprobs[places] = token_logprobs(model, *batch, args.temperature)[0]
+    sampled = torch.tensor([rows[row].logprob for row in places], device=args.device)
+    weights[places] = (new.logprobs[places].sum(-1) - sampled).exp()
+    tokens = new.attention_mask[places].sum() - lengths[places].sum()
+    return new, weights, int(tokens)
+
+
+def by_kind(rewards, prefixes: list, args: Args) -> dict[str, float]:
+    """Mean reward and share of groups with a gradient, of prefixed and plain groups."""
+    groups = rewards.view(-1, args.group_size)
+    behind = torch.tensor([bool(prefix) for prefix in prefixes], device=args.device)
+    live, metrics = (groups.amax(-1) > groups.amin(-1)).float(), {}
+    for name, chosen in (("prefixed", behind), ("plain", ~behind)):
+        sums = groups.mean(-1)[chosen].sum(), live[chosen].sum(), chosen.sum().float()
+        reward, share, count = all_reduce(torch.stack(sums)).tolist()
+        if count:
+            metrics |= {f"reward_{name}": reward / count}
+            metrics |= {f"live_share_{name}": share / count, f"groups_{name}": count}
+    return metrics
+
+
+def group_advantages(rewards, group_size: int, scale: str = "std") -> torch.Tensor:
+    """Advantages (B,) of rewards (B,), group after group: r - mean(r), for scale "std"
+    divided by std(r) + 1e-4 (DeepSeekMath, section 4.1.2), for "none" not (Dr. GRPO).
+    0 where a group's rewards are equal. ValueError: group_size < 2, a reward is nan."""
+    if group_size < 2 or not rewards.isfinite().all():
+        bad = (~rewards.isfinite()).nonzero().flatten().tolist()
+        raise ValueError(f"group_size {group_size} < 2 or rewards {bad} not finite")
+    groups = rewards.view(-1, group_size)
+    advantages = groups - groups.mean(-1, keepdim=True)
+    if scale == "std":
+        advantages = advantages / (groups.std(-1, keepdim=True) + 1e-4)
+    equal = groups.amax(-1, keepdim=True) == groups.amin(-1, keepdim=True)
+    return advantages.masked_fill(equal, 0.0).flatten()
+
+
+def loss_weights(mask: torch.Tensor, normalization: str, max_length: int) -> tuple:
+    """w (B, C) and Z of the docstring above; rows masked as a whole are not counted."""
+    lengths = mask.sum(-1, keepdim=True)
+    rows = (lengths > 0).sum().float()
+    if normalization == "sequence":
+        return mask / lengths.clamp(min=1), rows
+    return mask, lengths.sum() if normalization == "token" else rows * max_length
+
+
+def policy_loss(
+    logprobs, old_logprobs, advantages, mask, clip_low, clip_high, denominator
+) -> tuple[torch.Tensor, dict]:
+    """-J without the KL: PPO's clipped surrogate with DAPO's two clips, a scalar.
+
+    logprobs, old_logprobs (B, C); advantages (B,) or (B, C); mask (B, C): a token's
+    weight w, or 0; denominator: Z. Losses and stats (tokens; clipped: those whose
+    gradient the clip takes) of micro-batches add up to those of the batch.
+    """
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    ratio = (logprobs - old_logprobs).exp()  # rho_t
+    surrogate = ratio * advantages
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss = -(torch.minimum(surrogate, clipped) * mask).sum() / max(denominator, 1)
+    taken = ((clipped < surrogate) & (mask > 0)).sum()
+    return loss, {"tokens": (mask > 0).sum(), "clipped": taken}
+
+
+def kl_loss(logprobs, old_logprobs, ref_logprobs, mask, denominator) -> torch.Tensor:
+    """KL(pi || pi_ref): sum of w rho k2 over Z, rho detached; all (B, C). The expected
+    gradient, E_old[rho (log pi - log pi_ref) grad log pi], is the reverse KL's."""
+    rho = (logprobs - old_logprobs).exp().detach()
+    k2 = (logprobs - ref_logprobs) ** 2 / 2
+    return (rho * k2 * mask).sum() / max(denominator, 1)
+
+
+def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, float]:
+    """args.updates_per_batch optimiser steps on one batch; statistics of the last one.
+    Rows without advantage are skipped (unless the KL needs them) but counted in Z."""
+    model.train()  # gradient checkpointing asks for it; there is no dropout
+    mask, width = rollout.completion_mask, rollout.completion_mask.shape[1]
+    if args.mask_truncated:
+        mask = mask * ~rollout.truncated[:, None]
+    weights, z = loss_weights(mask, args.normalization, args.max_new_tokens)
+    z, clips = all_reduce(z), (args.clip_low, args.clip_high)
+    live = (mask.any(-1) & ((advantages != 0) | (args.kl_coef > 0))).nonzero()[:, 0]
+    live = live[mask[live].sum(-1).argsort(stable=True)]  # like lengths side by side
+    old, ref = rollout.logprobs.clone(), rollout.logprobs.clone()
+    for i in range(args.updates_per_batch):
+        totals = torch.zeros(5, device=mask.device)
+        for rows in live.split(args.micro_batch_size) if len(live) else ():
+            batch = rollout.tokens[rows], rollout.attention_mask[rows]
+            batch = *batch, width, args.temperature
+            with autocast(args):
+                logprobs, entropy = token_logprobs(model, *batch)
+                if i == 0:
+                    old[rows] = logprobs.detach()  # so that rho is exactly 1
+                if i == 0 and reference:
+                    with torch.no_grad():
+                        ref[rows], _ = token_logprobs(reference, *batch)
+            w, A, kl = weights[rows], advantages[rows], torch.zeros_like(z)
+            loss, stats = policy_loss(logprobs, old[rows], A, w, *clips, z)
+            if reference:
+                kl = kl_loss(logprobs, old[rows], ref[rows], w, z)
+            (loss + args.kl_coef * kl).backward()
+            entropy = (entropy * (w > 0)).sum()
+            sums = loss, kl, stats["tokens"], stats["clipped"], entropy
+            totals += torch.stack([x.detach() for x in sums])
+        norm, change = optimizer_step(model, optimizer, args.max_grad_norm)
+    loss, kl, tokens, clipped, entropy = all_reduce(totals).tolist()
+    tokens = max(tokens, 1.0)
+    gap = ((old - rollout.logprobs) * mask).abs()  # scored against sampled log-probs
+    gap_mean, gap_max = all_reduce(gap.sum()) / tokens, all_reduce(gap.max(), "MAX")
+    stats = {"loss": loss, "kl": kl, "grad_norm": norm, "relative_update": change}
+    stats |= {"delta_logp_mean": gap_mean.item(), "delta_logp_max": gap_max.item()}
+    return stats | {"entropy": entropy / tokens, "clip_fraction": clipped / tokens}
+
+
+def optimizer_step(model, optimizer, max_grad_norm: float) -> tuple[float, float]:
+    """One step along the sum of the ranks' gradients. Its norm before clipping, and
+    |change| / |weights| measured on the first 4,096 entries of each tensor."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    before = torch.cat([p.detach().flatten()[:4096] for p in parameters])
+    optimizer.step()
+    optimizer.zero_grad()
+    after = torch.cat([p.detach().flatten()[:4096] for p in parameters])
+    return norm.item(), ((after - before).norm() / before.norm()).item()
+
+
+# ----------------------------------- Evaluation ---------------------------------------
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate from c right in n samples (Chen et al. 2021, equation 1)."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def evaluate(
+    model, tokenizer, prompts, prefixes, problems, reward, args
+) -> dict[str, float]:
+    """pass@1, pass@n (right: a reward of 1 or more) and mean reward of n = eval_samples
+    completions of each problem behind its prefix ([]: plain), shared by the ranks;
+    always the same noise."""
+    n, mine = args.eval_samples, slice(RANK, None, WORLD_SIZE)
+    noise = uniforms(args, 0, len(problems), n)
+    contexts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)][mine]
+    rollout = generate(model, tokenizer, contexts, noise, args)
+    rollout.texts = answers(tokenizer, rollout, prefixes[mine], n)
+    posed = [problem for problem in problems[mine] for _ in range(n)]
+    rewards = score(reward, posed, rollout.texts)
+    right = (rewards.view(-1, n) >= 1).sum(-1).tolist()
+    sums = [sum(pass_at_k(n, c, k) for c in right) for k in (1, n)]
+    sums = all_reduce(torch.tensor([*sums, rewards.sum() / n], device=args.device))
+    names = "eval/pass@1", f"eval/pass@{n}", "eval/reward"
+    return dict(zip(names, (sums / len(problems)).tolist()))
+
+
+def evaluate_all(model, tokenizer, tests, hard, traces, reward, args) -> dict:
+    """Plain accuracy on held-out problems ("eval/...") and on the hard ones to train on
+    ("eval/hard_..."); tests and hard: (prompts, problems). With traces also the share
+    solved from 0, 20, ... 80 % of each trace ("eval/from_20%")."""
+    metrics = {}
+    for name, (prompts, problems) in (("", tests), ("hard_", hard)):
+        plain = prompts, [[]] * len(prompts), problems
+        found = evaluate(model, tokenizer, *plain, reward, args)
+        metrics |= {key.replace("/", f"/{name}"): x for key, x in found.items()}
+    chosen = [*traces][: args.eval_prompts]
+    for percent in range(0, 100, 20) if traces else ():
+        cuts = [traces[i].ids[: len(traces[i].ids) * percent // 100] for i in chosen]
+        posed = [hard[0][i] for i in chosen], cuts, [hard[1][i] for i in chosen]
+        found = evaluate(model, tokenizer, *posed, reward, args)
+        metrics[f"eval/from_{percent}%"] = found["eval/pass@1"]
+    return metrics
+
+
+def draw_prefix_success(run_dir: Path) -> None:
+    """prefix_success.png: solved from each share of the trace, before and after."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    if not (records := [r for r in records if "eval/from_0%" in r]):
+        return  # there are no traces
+    axes = Figure(figsize=(6, 4), layout="constrained").add_subplot()
+    for record, style in zip(records[:1] + records[1:][-1:], ["o--", "o-"]):
+        found = {k: v for k, v in record.items() if k.startswith("eval/from_")}
+        shares = [int(re.sub(r"\D", "", key)) for key in found]
+        axes.plot(shares, [*found.values()], style, label=f"step {record['step']}")
+    axes.set(xlabel="% of the trace given", ylabel="solved (share)", ylim=(0, 1))
+    axes.legend()
+    with blame(f"cannot draw {run_dir}/prefix_success.png"):
+        axes.figure.savefig(run_dir / "prefix_success.png", dpi=120)
+
+
+# ----------------------------------- Run folder ---------------------------------------
+
+
+def open_run(args: Args, step: int) -> None:
+    """Make the folder of a new run, or cut the logs of a resumed one after `step`."""
+    run_dir, here = Path(args.run_dir), Path(__file__).parent
+    with blame(f"cannot open the run folder {run_dir}"):
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        for log in run_dir.glob("*.jsonl"):
+            lines = [x for x in log.read_text().splitlines(True) if x.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            log.with_suffix(".new").write_text("".join(kept))
+            log.with_suffix(".new").replace(log)
+        git = ["git", "rev-parse", "HEAD"] if shutil.which("git") else ["true"]
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout
+        gpu = torch.cuda.get_device_name() if args.device == "cuda" else "no GPU"
+        about = {"python": sys.version, "torch": torch.__version__}
+        about |= {"transformers": transformers.__version__, "commit": commit.strip()}
+        about |= {"hardware": f"{os.cpu_count()} CPU cores, {gpu}", "args": vars(args)}
+        (run_dir / "args.new").write_text(json.dumps(about, indent=1))
+        (run_dir / "args.new").replace(run_dir / "args.json")
+
+
+def write_logs(args: Args, metrics: dict, sample: dict) -> None:
+    """A line of metrics.jsonl and of samples.jsonl; wandb may fail, training not."""
+    if RANK > 0:
+        return
+    with blame(f"cannot write in {args.run_dir}"):
+        for name, record in (("metrics", metrics), ("samples", sample)):
+            with Path(args.run_dir, f"{name}.jsonl").open("a") as file:
+                file.write(json.dumps({"step": metrics["step"]} | record) + "\n")
+    try:
+        if args.track:
+            import wandb
+
+            if wandb.run is None:
+                mode = "online" if wandb.api.api_key else "offline"
+                mode = os.environ.get("WANDB_MODE", mode)
+                wandb.init(project=args.wandb_project, dir=args.run_dir, mode=mode)
+            wandb.log(metrics, step=metrics["step"])
+    except Exception as e:
+        args.track = False
+        tqdm.write(f"wandb is off from here on: {e}")
+
+
+def save_checkpoint(run_dir: Path, step: int, model, tokenizer, optimizer) -> None:
+    """checkpoint/ of the run, written beside, then renamed: one is always whole."""
+    new, last, old = (run_dir / f"checkpoint{x}" for x in (".new", "", ".old"))
+    try:
+        with blame(f"cannot save step {step} in {run_dir} (the last save is whole)"):
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            state = {"step": step, "optimizer": optimizer.state_dict()}
+            torch.save(state, new / "state.pt")
+            for path in [*new.iterdir(), new]:
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+            if last.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                last.rename(old)
+            new.rename(last)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def draw_curve(run_dir: Path) -> None:
+    """curve.png: the metrics whose names match CURVE, from metrics.jsonl."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    axes = Figure(figsize=(6, 4), layout="constrained").add_subplot()
+    names = dict.fromkeys(name for record in records for name in record)
+    names = [name for name in names if re.fullmatch(CURVE, name)]
+    for name, style in zip(names, ["o-", "s--", "-", ":"]):
+        points = [(r["step"], r[name]) for r in records if name in r]
+        axes.plot(*zip(*points), style, markersize=4, label=name)
+    axes.set(xlabel="step", ylim=(0, None), title=run_dir.name)
+    axes.legend()
+    with blame(f"cannot draw {run_dir}/curve.png"):
+        axes.figure.savefig(run_dir / "curve.png", dpi=120)
+
+
+# -------------------------------------- Main ------------------------------------------
+
+
+def read_flags(default: Args | None = None) -> Args:
+    """The command line; a wrong flag is one line instead of tyro's box."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Args, default=default, description=__doc__.split("\n")[0])
+    except SystemExit:
+        if box.getvalue():  # not --help
+            fail(re.sub(r"[^ -~]", " ", box.getvalue()))
+        raise
+
+
+def check(args: Args) -> None:
+    """Refuse flags that cannot be, and fill in --learning-rate."""
+    may_be_0 = ["seed", "warmup_steps", "kl_coef", "clip_low", "clip_high"]
+    may_be_0 += ["prefixes_per_problem", "prefix_low", "plain_share"]
+    may_be_0 += ["sft_epochs", "max_flops"]
+    for name, value in vars(args).items():
+        number, zero = type(value) in (int, float), value == 0 and name in may_be_0
+        if number and not (zero or 0 < value < math.inf):  # nan is neither
+            fail(f"--{name.replace('_', '-')} is {value}: it must be above 0")
+    if args.learning_rate is None:
+        args.learning_rate = 3e-4 if args.model == "tiny" else 1e-6
+    for wrong, message in (
+        (args.group_size < 2, "--group-size must be 2 or more: A compares completions"),
+        (args.eval_data and not args.data, "--eval-data needs --data"),
+        (args.clip_low >= 1, "--clip-low must be below 1"),
+        (args.prefix_low > args.prefix_high, "--prefix-low is above --prefix-high"),
+        (args.prefix_high > 1, "--prefix-high is a share of the trace: at most 1"),
+        (args.plain_share > 1, "--plain-share is a share of the batch: at most 1"),
+        (args.strict_traces and not args.traces, "--strict-traces needs --traces"),
+        (
+            args.off_policy and args.plain_share * args.prefixes_per_problem,
+            "--off-policy is plain RL: it needs --prefixes-per-problem 0",
+        ),
+        (args.prompts_per_step % WORLD_SIZE, "ranks must divide --prompts-per-step"),
+    ):
+        if wrong:
+            fail(message)
+
+
+def parse_args() -> Args:
+    """The flags, checked and completed; those of the run itself if one is resumed."""
+    args = read_flags()
+    if args.resume:
+        last, old = (Path(args.resume, f"checkpoint{x}") for x in ("", ".old"))
+        with blame(f"{args.resume} holds no run to resume"):
+            if old.exists() and not last.exists():  # killed between the two renames
+                old.rename(last)
+            saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
+            saved = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
+            done = torch.load(last / "state.pt", weights_only=True)["step"]
+        args, free = read_flags(saved), ("steps", "save_every", "track")
+        for name, value in vars(saved).items():
+            if getattr(args, name) != value and name not in free:
+                flag = f"--{name.replace('_', '-')}"
+                fail(f"{flag} contradicts the run in {args.resume}: it has {value!r}")
+        if args.steps <= done:
+            fail(f"{args.resume} is at step {done} already: give more --steps")
+    now = time.strftime("%Y%m%d-%H%M%S")
+    args.run_dir = args.run_dir or f"runs/{Path(__file__).stem}/{now}-s{args.seed}"
+    found = [x for x in ("cuda", "mps") if getattr(torch, x).is_available()] + ["cpu"]
+    if args.device == "auto":
+        args.device = found[0]
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
+    if args.device not in found:
+        fail(f"there is no {args.device} here: use --device cpu")
+    if Path(args.run_dir).exists() and not args.resume:
+        fail(f"{args.run_dir} exists: give another --run-dir, or --resume it")
+    check(args)
+    return args
+
+
+def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, float]:
+    """What the metrics say of a rollout (means over the ranks), of time and memory."""
+    groups = rollout.rewards.view(-1, args.group_size)
+    dead = (groups.amax(-1) == groups.amin(-1)).float()
+    lengths = rollout.completion_mask.sum(-1)
+    means = groups.mean(), groups.std(-1).mean(), dead.mean()  # std: inside a group
+    means = torch.stack([*means, rollout.truncated.float().mean(), lengths.mean()])
+    names = "reward_mean reward_std dead_group_share truncated_share completion_length"
+    metrics = dict(zip(names.split(), (all_reduce(means) / WORLD_SIZE).tolist()))
+    names = "seconds_rollout", "seconds_score", "seconds_update"
+    metrics |= dict(zip(names, np.diff(clock).tolist()))
+    tokens = metrics["completion_length"] * len(lengths) * WORLD_SIZE
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else peak
+    metrics["tokens_per_second"] = tokens / (clock[-1] - clock[0])
+    return metrics | {"peak_memory_gb": peak / 2**30}
+
+
+def find_traces(model, tokenizer, prompts, problems, reward, given, longest, args):
+    """Phase 1: a record of each hard problem, as traces.jsonl of the run has it, and
+    what was spent. given: the traces of --traces, or None."""
+    posed = prompts, problems, reward
+    hard, traces, spent = search(model, tokenizer, *posed, args)
+    traces, records = traces if given is None else given, []
+    for i in hard:
+        ids, logprob = traces.get(i, (None, None))
+        if ids and len(prompts[i]) + len(ids) > longest:
+            ids = None  # its prefixes would leave no room for the rest
+        text = tokenizer.decode(ids, skip_special_tokens=True) if ids else None
+        record = {"step": 0, "problem": i, "prompt": problems[i].prompt, "text": text}
+        records.append(record | {"ids": ids, "logprob": logprob})
+    none = sum(record["ids"] is None for record in records)
+    if not hard:
+        fail(f"none of {len(problems)} candidates is hard: give more, or a harder task")
+    if none == len(hard) and needs_traces(args):
+        fail(f"no trace of {none} hard problems: raise --trace-cap, or give --traces")
+    return records, spent | {"without_trace": none}
+
+
+def plain_benchmark() -> str:
+    """Accuracy of plain RL on the hard problems, if the committed benchmark is here."""
+    file = Path(__file__).resolve().parent.parent / "benchmarks/results/prefixrl.json"
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        runs = [run for run in json.loads(file.read_text()) if run["arm"] == "plain"]
+        ends = [run["evals"][-1]["eval/hard_pass@1"] for run in runs]
+        return f"{sum(ends) / len(ends):.3f} (mean of {len(ends)} seeds)"
+    return "not known here: --prefixes-per-problem 0 --max-flops <flops of this run>"
+
+
+def train(args: Args) -> None:
+    """Find hard problems and traces; cut prefixes; RL on both kinds of problem."""
+    transformers.utils.logging.disable_progress_bar()
+    problems, held_out, reward = load_task(args)
+    tiny = args.model == "tiny"
+    name = (
+        tiny_model(easy_problems(problems, args), args.seed, steps=1000)
+        if tiny
+        else args.model
+    )
+    problems, run_dir = problems[: args.candidates], Path(args.run_dir)
+    last, log, step, pass_1 = (
+        run_dir / "checkpoint",
+        run_dir / "metrics.jsonl",
+        0,
+        math.nan,
+    )
+    begun = bool(args.resume and log.exists() and b"\n" in log.read_bytes())
+    model, tokenizer = load_model(str(last) if begun else name, args)
+    reference = load_model(name, args)[0] if args.kl_coef else None
+    longest = model.config.max_position_embeddings - args.max_new_tokens
+    prompts = encode_prompts(tokenizer, problems, longest)
+    tests = encode_prompts(tokenizer, held_out, longest), held_out
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    posed, given = (prompts, problems, reward), None
+    if args.traces and not begun:
+        given = read_traces(args.traces, tokenizer, *posed, longest, args)
+    if begun:
+        state = torch.load(last / "state.pt", args.device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    if RANK == 0:
+        open_run(args, step)
+    if not begun:
+        if RANK == 0:  # from here on --resume works, whatever the phase
+            save_checkpoint(run_dir, 0, model, tokenizer, optimizer)
+        found, spent = find_traces(model, tokenizer, *posed, given, longest, args)
+        if RANK == 0:
+            lines = "".join(f"{json.dumps(record)}\n" for record in found)
+            (run_dir / "traces.jsonl").write_text(lines)
+    else:
+        found = [json.loads(line) for line in (run_dir / "traces.jsonl").open()]
+    problems, prompts = ([x[r["problem"]] for r in found] for x in (problems, prompts))
+    traces = {i: Trace(r["ids"], r["logprob"]) for i, r in enumerate(found) if r["ids"]}
+    prefixed = cut_prefixes(traces, tokenizer.eos_token_id, args)
+    plain = [(i, []) for i in range(len(problems))]
+    everything = tests, (prompts, problems), traces, reward, args
+    if not begun:
+        metrics = {"step": 0, "prefixed_problems": len(prefixed)} | spent
+        metrics |= evaluate_all(model, tokenizer, *everything)
+        metrics["flops_sft"] = 0
+        if args.sft_epochs:
+            metrics["flops_sft"] = imitate(model, prompts, traces, args)
+            after = evaluate_all(model, tokenizer, *everything)
+            metrics |= {key.replace("eval/", "sft/"): x for key, x in after.items()}
+        metrics["flops"] = sum(metrics[key] for key in metrics if key[:6] == "flops_")
+        if RANK == 0:
+            save_checkpoint(run_dir, 0, model, tokenizer, optimizer)
+        write_logs(args, metrics, {})
+        if RANK == 0:
+            print(f"{len(problems)} hard problems, {len(traces)} of them with a trace")
+    if WORLD_SIZE > 1:
+        dist.barrier()  # until metrics.jsonl is there
+    done = [json.loads(line) for line in log.open()][-1]
+    total, pass_1 = done["flops"], done.get("eval/hard_pass@1", math.nan)
+    if 0 < args.max_flops <= total:
+        fail(f"--max-flops {args.max_flops:.3g}: {total:.3g} are spent at step {step}")
+    stops = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
+        signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
+    n, group_size = args.prompts_per_step, args.group_size
+    parameters = sum(p.numel() for p in model.parameters())
+    steps = range(step + 1, args.steps + 1)
+    bar = tqdm(steps, initial=step, total=args.steps, disable=RANK > 0)
+    for step in bar:
+        clock = [time.perf_counter()]
+        batch = draw_batch(prefixed, plain, step, args)
+        contexts, prefixes = [prompts[i] + z for i, z in batch], [z for _, z in batch]
+        noise = uniforms(args, step, n, group_size)
+        rollout = generate(model, tokenizer, contexts, noise, args)
+        read, weights = read_tokens(rollout, group_size), 1.0
+        rollout.texts = answers(tokenizer, rollout, prefixes, group_size)
+        if args.off_policy:
+            around = batch, prompts, traces, args
+            rollout, weights, more = put_traces(model, tokenizer, rollout, *around)
+            read += more
+        clock.append(time.perf_counter())
+        posed = [problems[i] for i, _ in batch for _ in range(group_size)]
+        rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
+        advantages = group_advantages(rollout.rewards, group_size, args.advantage_scale)
+        advantages = advantages * weights
+        clock.append(time.perf_counter())
+        warm = min(1.0, step / max(args.warmup_steps, 1))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * warm
+        stats = update(model, reference, optimizer, rollout, advantages, args)
+        clock.append(time.perf_counter())
+        trained = trained_tokens(rollout, advantages, args)
+        read += trained // args.updates_per_batch if reference else 0
+        cost = torch.tensor([read, trained], device=args.device)
+        total += flops(parameters, *all_reduce(cost).tolist())
+        metrics = {"step": step} | describe(rollout, clock, args) | stats
+        metrics |= by_kind(rollout.rewards, prefixes, args) | {"flops": total}
+        end = step == args.steps or 0 < args.max_flops <= total
+        if step % args.eval_every == 0 or end:
+            metrics |= evaluate_all(model, tokenizer, *everything)
+            pass_1 = metrics["eval/hard_pass@1"]
+        stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0
+        sample = {"prompt": tokenizer.decode(contexts[0])}  # the first group
+        sample |= {"completions": rollout.texts[:group_size]}
+        sample |= {"rewards": rollout.rewards[:group_size].tolist()}
+        write_logs(args, metrics, sample)
+        shown = {"reward": metrics["reward_mean"], "hard pass@1": pass_1}
+        shown |= {"tokens/s": round(metrics["tokens_per_second"])}
+        bar.set_postfix(shown, GB=metrics["peak_memory_gb"])
+        if step == 1 and RANK == 0:
+            tqdm.write(f"first prompt: {sample['prompt']!r}")
+            tqdm.write(f"first completion: {rollout.texts[0]!r}")
+            tqdm.write("a loss near 0 is normal: watch the reward and pass@1")
+        if (stop or step % args.save_every == 0 or end) and RANK == 0:
+            save_checkpoint(run_dir, step, model, tokenizer, optimizer)
+            draw_curve(run_dir)
+            draw_prefix_success(run_dir)
+        if end:
+            break
+        if stop:
+            print(f"stopped after step {step}; to go on: --resume {run_dir}")
+            sys.exit(130)
+    if RANK == 0:
+        logs = [json.loads(line) for line in log.open()]
+        for name in [name for name in logs[-1] if name.startswith("eval/")]:
+            print(f"{name:17} base {logs[0][name]:.3f}  trained {logs[-1][name]:.3f}")
+        print(f"eval/hard_pass@1 of plain RL: {plain_benchmark()}")
+        print(f"{total:.3g} FLOPs, run folder: {run_dir}")
+
+
+def main() -> None:
+    """The run that the command line asks for."""
+    args = parse_args()
+    if WORLD_SIZE > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    try:
+        train(args)
+    except KeyboardInterrupt:  # before the first step: there is nothing to save
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

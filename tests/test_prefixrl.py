@@ -1,0 +1,763 @@
+"""PrefixRL: prefixes are context, their ids are the trace's, and every token counts."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import random
+import shutil
+import signal
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from conftest import (
+    PLUGIN,
+    Finished,
+    Recorder,
+    char_tokenizer,
+    cpu_args,
+    load_script,
+    metrics_of,
+    plain_logprobs,
+    random_rollout,
+    save_model,
+    small_qwen3,
+)
+from safetensors.torch import load_file
+
+MEASURED = ("seconds_", "tokens_per_second", "peak_memory_gb")
+SMALL = dict(task="task.py", device="cpu", run_dir="run", steps=4, prompts_per_step=4)
+SMALL |= dict(group_size=4, max_new_tokens=4, warmup_steps=0, eval_prompts=2)
+SMALL |= dict(eval_samples=2, learning_rate=1e-2, candidates=8, hard_k=8)
+SMALL |= dict(trace_cap=320, eval_every=2)
+
+
+@pytest.fixture(scope="session")
+def script() -> ModuleType:
+    """algos/prefixrl.py as a module."""
+    return load_script("prefixrl")
+
+
+@pytest.fixture(scope="session")
+def model():
+    """A small random model and its tokenizer."""
+    tokenizer = char_tokenizer()
+    return small_qwen3(len(tokenizer)), tokenizer
+
+
+@pytest.fixture
+def cli(script, small_folder, tmp_path, monkeypatch, capsys):
+    """The command line in this process, in an empty folder with a plug-in: a random
+    model is fully right (4 letters) about once in 100 tries."""
+    (tmp_path / "task.py").write_text(PLUGIN)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, **changes) -> Finished:
+        flags = [str(flag) for flag in flags]
+        if "--resume" not in flags:
+            for name, value in (dict(model=small_folder) | SMALL | changes).items():
+                flags += [f"--{name.replace('_', '-')}", str(value)]
+        monkeypatch.setattr(sys, "argv", ["prefixrl.py", *flags])
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        code = 0
+        capsys.readouterr()
+        try:
+            script.train(script.parse_args())
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return Finished(code, *capsys.readouterr())
+
+    return run
+
+
+def logged(run_dir: Path) -> list[dict]:
+    """metrics.jsonl without what is measured in seconds and bytes."""
+    return [
+        {key: value for key, value in line.items() if not key.startswith(MEASURED)}
+        for line in metrics_of(run_dir)
+    ]
+
+
+def records(run_dir: Path) -> list[dict]:
+    """The hard problems of a run and their traces."""
+    return [json.loads(line) for line in (run_dir / "traces.jsonl").open()]
+
+
+def check_same_run(a: Path, b: Path) -> None:
+    """Logs, samples, traces and weights of two runs are equal bit for bit."""
+    assert logged(a) == logged(b)
+    for name in ("samples.jsonl", "traces.jsonl", "checkpoint/model.safetensors"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    states = [
+        torch.load(x / "checkpoint/state.pt", weights_only=True)["optimizer"]
+        for x in (a, b)
+    ]
+    moments = [
+        [value for p in state["state"].values() for value in p.values()]
+        for state in states
+    ]
+    assert len(moments[0]) == len(moments[1])
+    assert all(torch.equal(x, y) for x, y in zip(*moments))
+    assert {p.name for p in a.iterdir()} == {p.name for p in b.iterdir()}
+
+
+# ------------------------------------ Prefixes ----------------------------------------
+
+
+def test_prefix_outside_its_bounds(script):
+    """An off-by-one in the cut gives the decisive step away, or nothing: for every
+    length and range, low n <= h <= high n where a whole number lies between, all these
+    h occur and equally often (chi-squared below its 1e-6 quantile), and something is
+    left to be answered."""
+    for n, (low, high) in itertools.product(
+        range(1, 41), [(0.4, 0.8), (0.1, 0.4), (0.8, 0.95), (0.0, 1.0), (0.56, 0.56)]
+    ):
+        trace, rng = list(range(100, 100 + n)), random.Random(n)
+        hundredths = round(low * 100), round(high * 100)
+        allowed = [
+            h for h in range(n) if hundredths[0] * n <= 100 * h <= hundredths[1] * n
+        ]
+        cuts = [script.cut_prefix(trace, low, high, rng) for _ in range(300)]
+        assert all(cut == trace[: len(cut)] for cut in cuts)
+        lengths = [len(cut) for cut in cuts]
+        assert max(lengths) < n
+        if n == 1:
+            assert set(lengths) == {0}
+        elif allowed and high < 1:
+            assert set(lengths) <= set(allowed)
+            if len(allowed) < 20:
+                mean = len(lengths) / len(allowed)
+                chi = sum((lengths.count(h) - mean) ** 2 / mean for h in allowed)
+                assert chi < 80, (n, low, high)
+        elif not allowed:
+            assert set(lengths) == {min(math.ceil(hundredths[0] * n / 100), n - 1)}
+    for low, high in ((0.8, 0.4), (-0.1, 0.5), (0.5, 1.1), (math.nan, 0.5)):
+        with pytest.raises(ValueError, match="does not hold"):
+            script.cut_prefix([1, 2, 3], low, high, random.Random(0))
+
+
+def test_prefixes_change_from_run_to_run_or_with_each_other(script):
+    """Cuts are drawn once, by the seed: the same again, others under another seed; the
+    prefixes of one problem do not depend on which other problems have a trace."""
+    traces = {i: script.Trace([*range(10 * i, 10 * i + 30), 1]) for i in range(1, 9)}
+    args = cpu_args(script)
+    first = script.cut_prefixes(traces, 1, args)
+    assert first == script.cut_prefixes(traces, 1, args) and len(first) == 24
+    assert first != script.cut_prefixes(traces, 1, cpu_args(script, seed=2))
+    fewer = script.cut_prefixes({5: traces[5]}, 1, args)
+    assert fewer == [pair for pair in first if pair[0] == 5]
+    assert not script.cut_prefixes(traces, 1, cpu_args(script, prefixes_per_problem=0))
+
+
+def test_trace_ends_inside_its_prefix(script):
+    """A prefix that holds the whole answer, or its stop token, leaves nothing to learn:
+    with a range up to 1.0 at least one token is missing, EOS is never in a prefix, and
+    a trace of one token gives no prefixed problem."""
+    traces = {0: script.Trace([5, 1]), 1: script.Trace([5, 6, 1]), 2: script.Trace([7])}
+    traces[3] = script.Trace([1])
+    args = cpu_args(script, prefix_low=0.9, prefix_high=1.0)
+    assert script.cut_prefixes(traces, 1, args) == [(1, [5])] * 3
+
+
+def test_prefix_is_in_the_loss(script, model):
+    """Prefix tokens inside the loss mask turn RL into imitation of the trace
+    (https://github.com/modelscope/ms-swift/issues/10106). They are context: the
+    gradient through the logits at the places that predict them is 0, and yet other
+    prefixes change the completion's log-probs. What follows the prefix has a
+    gradient."""
+    network, tokenizer = model
+    args = cpu_args(script, max_new_tokens=6)
+    prompts = tokenizer(["1 2=3:", "12 4 7=10:"])["input_ids"]
+    prefixes = tokenizer(["1+2", "12-4=8;"])["input_ids"]
+    contexts = [p + z for p, z in zip(prompts, prefixes)]
+    noise = script.uniforms(args, 1, 2, 2)
+    rollout = script.generate(network, tokenizer, contexts, noise, args)
+    assert rollout.completion_mask.shape[1] <= 6
+    for row in range(4):  # the prompt columns end with the prefix, ids unchanged
+        start = rollout.tokens.shape[1] - rollout.completion_mask.shape[1]
+        z = prefixes[row // 2]
+        assert rollout.tokens[row, start - len(z) : start].tolist() == z
+    places = []
+
+    def keep(module, inputs, output):
+        output.retain_grad()
+        places.append(output)
+
+    head = network.get_output_embeddings()
+    hook = network.base_model.register_forward_hook(
+        lambda module, inputs, output: keep(module, inputs, output.last_hidden_state)
+    )
+    width = rollout.completion_mask.shape[1]
+    logprobs, _ = script.token_logprobs(
+        network, rollout.tokens, rollout.attention_mask, width, 1.0
+    )
+    hook.remove()
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    loss, _ = script.policy_loss(
+        logprobs, logprobs.detach(), advantages, rollout.completion_mask, 0.2, 0.2, 8
+    )
+    loss.backward()
+    network.zero_grad()
+    grads = places[0].grad.abs().sum(-1)  # (B, T): of what the head reads
+    assert head.weight.requires_grad and grads.shape == rollout.tokens.shape
+    assert (grads[:, : start - 1] == 0).all()  # nothing predicts a prefix token
+    lengths = rollout.completion_mask.sum(-1).long()
+    for row, n in enumerate(lengths):
+        assert (grads[row, start - 1 : start - 1 + n] > 0).all()
+    changed = rollout.tokens.clone()
+    changed[:, start - 2] = tokenizer.convert_tokens_to_ids("9")
+    other, _ = script.token_logprobs(
+        network, changed, rollout.attention_mask, width, 1.0
+    )
+    gap = ((other - logprobs) * rollout.completion_mask).abs().amax(-1)
+    assert (gap > 1e-3).all()
+
+
+def test_context_at_generation_differs_from_that_at_training(script, model):
+    """Sampled behind the prefix and scored without it (or the other way round), the
+    ratio is noise (https://github.com/zhangxy-2019/critique-GRPO/issues/6): sample-time
+    log-probs equal those of a plain forward pass over prompt + prefix + completion, at
+    temperature 0.7, prefixed and plain problems side by side."""
+    network, tokenizer = model
+    args = cpu_args(script, max_new_tokens=6, temperature=0.7)
+    prompts = tokenizer(["1 2=3:", "12 4 7=10:", "5 5=10:"])["input_ids"]
+    prefixes = [*tokenizer(["1+2", "12-4=8;"])["input_ids"], []]
+    contexts = [p + z for p, z in zip(prompts, prefixes)]
+    rollout = script.generate(
+        network, tokenizer, contexts, script.uniforms(args, 1, 3, 2), args
+    )
+    double = small_qwen3(len(tokenizer)).double()
+    for row, exact in enumerate(plain_logprobs(double, rollout, 0.7)):
+        n = int(rollout.completion_mask[row].sum())
+        torch.testing.assert_close(
+            rollout.logprobs[row, :n].double(), exact, atol=1e-4, rtol=0
+        )
+        seen = int(rollout.attention_mask[row].sum())
+        assert seen - n == len(contexts[row // 2])
+
+
+def test_reward_sees_the_completion_without_its_prefix(script):
+    """Half an answer is never right, and text decoded in two halves is no answer where
+    a character spans two tokens: what is scored is one decoding of prefix +
+    completion."""
+
+    class Bytes:
+        """A tokenizer of bytes; 0 is padding."""
+
+        def decode(self, ids, skip_special_tokens):
+            return bytes(x for x in ids if x).decode(errors="replace")
+
+    whole = "né"
+    ids = list(whole.encode())
+    rollout = random_rollout(script, 10, [2, 2], [1, 1])
+    rollout.tokens = torch.tensor([[7, 7, ids[-1]], [7, 7, 65]])
+    rollout.texts = ["?", "A"]
+    found = script.answers(Bytes(), rollout, [ids[:-1], []], 1)
+    assert found == [whole, "A"]
+
+
+def test_update_without_prefixes_is_not_grpos(script, grpo):
+    """A parent that differs in a detail makes every comparison with it worthless: on
+    one rollout and with the same flags, gradient and statistics are grpo.py's bit for
+    bit, for std, clips, KL and two updates as well."""
+    for changes in (
+        dict(advantage_scale="none"),
+        dict(advantage_scale="std", updates_per_batch=2, kl_coef=0.1, clip_low=0.1),
+        dict(advantage_scale="none", normalization="sequence", mask_truncated=True),
+    ):
+        seen = []
+        for module in (grpo, script):
+            network, reference = small_qwen3(30), small_qwen3(30, seed=1)
+            optimizer = Recorder(network, lr=0.1)
+            rollout = random_rollout(
+                module, 30, [3, 5, 4, 2], [4, 2, 6, 5], [False, True, False, False]
+            )
+            rewards = torch.tensor([1.0, 0.0, 0.25, 1.0])
+            args = cpu_args(module, max_new_tokens=6, **changes)
+            A = module.group_advantages(rewards, 2, args.advantage_scale)
+            other = reference if args.kl_coef else None
+            stats = module.update(network, other, optimizer, rollout, A, args)
+            seen.append((stats, torch.stack(optimizer.seen)))
+        assert seen[0][0] == seen[1][0] and torch.equal(seen[0][1], seen[1][1])
+        assert seen[0][1].norm() > 0
+
+
+# ----------------------------------- The batch ----------------------------------------
+
+
+def test_mix_of_prefixed_and_plain_drifts(script):
+    """Every batch has round(share x n) plain problems; over an epoch of its pool each
+    entry comes exactly once; without prefixes all are plain, and with a share of 0 none
+    is."""
+    prefixed = [(i, [5, j]) for i in range(4) for j in range(3)]
+    plain = [(i, []) for i in range(7)]
+    for share, few in ((0.25, 2), (0.0, 0), (1.0, 8), (0.3, 2), (0.5, 4)):
+        args = cpu_args(script, prompts_per_step=8, plain_share=share)
+        steps = [script.draw_batch(prefixed, plain, s, args) for s in range(1, 85)]
+        for batch in steps:
+            assert sum(not z for _, z in batch) == few and len(batch) == 8
+        for pool, count in ((prefixed, 8 - few), (plain, few)):
+            members = [e for b in steps for e in b if bool(e[1]) == bool(pool[0][1])]
+            for start in range(0, len(members) - len(pool) + 1, len(pool)):
+                if count:
+                    assert sorted(members[start : start + len(pool)]) == sorted(pool)
+        if few:
+            epochs = [e for b in steps for e in b if not e[1]]
+            assert epochs[:7] != epochs[7:14] or epochs[:7] != epochs[14:21]
+    args = cpu_args(script, prompts_per_step=8)
+    batch = script.draw_batch([], plain, 3, args)
+    assert len(batch) == 8 and not any(z for _, z in batch)
+    other = script.draw_batch(
+        [], plain, 3, cpu_args(script, seed=2, prompts_per_step=8)
+    )
+    assert batch != other
+
+
+# ------------------------------------- FLOPs ------------------------------------------
+
+
+def test_flops_differ_from_a_hand_count(script, model):
+    """2 N D for sampling and 6 N D for the update, prompts included. Two groups of two:
+    contexts of 3 and 5 tokens, each read once; completions of 4, 2, 6 and 5 tokens; the
+    second group is dead, so that the update touches 3 + 4 and 3 + 2 tokens, twice."""
+    n = 1000
+    rollout = random_rollout(script, 30, [3, 3, 5, 5], [4, 2, 6, 5])
+    read = script.read_tokens(rollout, 2)
+    assert read == 3 + 5 + 4 + 2 + 6 + 5
+    A = torch.tensor([0.5, -0.5, 0.0, 0.0])
+    args = cpu_args(script, updates_per_batch=2)
+    trained = script.trained_tokens(rollout, A, args)
+    assert trained == 2 * (3 + 4 + 3 + 2)
+    assert script.flops(n, read, trained) == 2 * n * 25 + 6 * n * 24
+    assert script.trained_tokens(rollout, A, cpu_args(script, kl_coef=0.1)) == 33
+    rollout.truncated[0] = True
+    args = cpu_args(script, mask_truncated=True)
+    assert script.trained_tokens(rollout, A, args) == 3 + 2
+    assert isinstance(script.flops(n, read, trained), int)
+
+
+def test_flops_of_a_run_leave_a_phase_out(cli, script, tmp_path, small_folder):
+    """Search, traces, imitation and every step are counted, evaluation is not: all
+    logged sums are rebuilt here from what the run recorded."""
+    assert cli(steps=3, sft_epochs=2, eval_every=100).code == 0
+    lines, found = metrics_of(tmp_path / "run"), records(tmp_path / "run")
+    weights = load_file(f"{small_folder}/model.safetensors")
+    n = sum(w.numel() for w in weights.values())
+    first = lines[0]
+    traces = [r for r in found if r["ids"]]
+    assert traces and first["without_trace"] == len(found) - len(traces)
+    tokenizer = char_tokenizer()
+    prompt = {r["problem"]: len(tokenizer(r["prompt"])["input_ids"]) for r in found}
+    folder = next((tmp_path / "runs/cache").iterdir())
+    chunks = sorted(folder.iterdir(), key=lambda p: int(p.name.partition("-")[0]))
+    tokens = [sum(x[2] for x in json.loads(p.read_text())) for p in chunks]
+    assert first["flops_hard_search"] == 2 * n * sum(tokens[:2])  # 8 candidates by 4
+    assert first["flops_traces"] == 2 * n * sum(tokens[2:]) > 0
+    pool = [prompt[r["problem"]] + len(r["ids"]) for r in traces]
+    drawn = math.ceil(2 * len(pool) / 4) * 4
+    whole, rest = divmod(drawn, len(pool))
+    least = whole * sum(pool) + sum(sorted(pool)[:rest])
+    most = whole * sum(pool) + sum(sorted(pool)[len(pool) - rest :])
+    assert 6 * n * least <= first["flops_sft"] <= 6 * n * most
+    phases = ("flops_hard_search", "flops_traces", "flops_sft")
+    assert first["flops"] == sum(first[name] for name in phases)
+    for before, line in zip(lines, lines[1:]):
+        step = line["flops"] - before["flops"]
+        completions = round(line["completion_length"] * 16)
+        assert step > 2 * n * completions and step % (2 * n) == 0
+        assert step <= (2 + 6) * n * (completions + 16 * (max(prompt.values()) + 4))
+
+
+def test_runs_end_at_unequal_cost(cli, tmp_path):
+    """--max-flops ends a run at the first step that reaches it, with an evaluation and
+    a checkpoint, and says so where nothing is left for RL."""
+    assert cli(run_dir="long", steps=6, eval_every=100).code == 0
+    lines = metrics_of(tmp_path / "long")
+    budget = (lines[3]["flops"] + lines[4]["flops"]) / 2
+    assert cli(run_dir="cut", steps=6, eval_every=100, max_flops=budget).code == 0
+    cut = metrics_of(tmp_path / "cut")
+    assert [line["step"] for line in cut] == [0, 1, 2, 3, 4]
+    assert "eval/hard_pass@1" in cut[-1] and cut[-1]["flops"] == lines[4]["flops"]
+    state = torch.load(tmp_path / "cut/checkpoint/state.pt", weights_only=True)
+    assert state["step"] == 4
+    result = cli("--resume", "cut", "--steps", "9")
+    assert result.code == 2 and "--max-flops" in result.errors[0]
+
+
+# ------------------------------------- Traces -----------------------------------------
+
+
+def test_hard_problem_is_not_hard_or_trace_is_wrong(cli, script, tmp_path):
+    """Hard means: no sample of --hard-k right. Traces: the ids that were sampled,
+    right, within the cap; their log-prob is the base model's, in float64 from a plain
+    forward pass. Problems without a trace stay in and are counted."""
+    assert cli(steps=1, trace_cap=60, eval_every=1).code == 0
+    found, first = records(tmp_path / "run"), metrics_of(tmp_path / "run")[0]
+    none = [r for r in found if r["ids"] is None]
+    traces = [r for r in found if r["ids"]]
+    assert none and traces and first["without_trace"] == len(none)
+    assert first["hard_problems"] == len(found)
+    assert first["prefixed_problems"] <= 3 * len(traces)
+    tokenizer = char_tokenizer()
+    double = small_qwen3(len(tokenizer)).double()
+    for r in traces:
+        assert sum(x in "abcdefghijklmnopqrstuvwxyz" for x in r["text"]) >= 4
+        assert tokenizer.decode(r["ids"], skip_special_tokens=True) == r["text"]
+        prompt = tokenizer(r["prompt"])["input_ids"]
+        logits = double(torch.tensor([prompt + r["ids"]])).logits[0].log_softmax(-1)
+        places = range(len(prompt) - 1, len(prompt) + len(r["ids"]) - 1)
+        exact = sum(logits[t, x].item() for t, x in zip(places, r["ids"]))
+        assert abs(exact - r["logprob"]) < 1e-3
+
+
+BAD = {
+    "broken": ("{", "Expecting"),
+    "no object": ("3", ""),
+    "no prompt": ('{"ids": [5]}', "prompt"),
+    "no trace": ('{"prompt": "train 0:"}', "text"),
+    "wrong answer": ('{"prompt": "train 0:", "text": "ab12"}', "wrong"),
+    "not in the data": ('{"prompt": "1+1=", "text": "abcd"}', "not among"),
+    "ids out of range": ('{"prompt": "train 0:", "ids": [5, 99999]}', "no ids"),
+    "ids are text": ('{"prompt": "train 0:", "ids": "abcd"}', "no ids"),
+    "too long": (json.dumps({"prompt": "train 0:", "text": "a" * 150}), "fit"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_trace_is_used_or_stops_the_run(cli, tmp_path, name):
+    """A trace that does not solve its problem teaches a mistake; one of another problem
+    is none. Each is reported by its line and skipped, or refused before anything is
+    written with --strict-traces; the good ones are used, ids exactly as given."""
+    line, word = BAD[name]
+    ids = char_tokenizer()(["abcdx"])["input_ids"][0]
+    good = {"prompt": "train 1:", "ids": ids, "text": "not looked at"}
+    lines = [json.dumps(good), line]
+    (tmp_path / "given.jsonl").write_text("\n".join(lines) + "\n")
+    result = cli("--strict-traces", traces="given.jsonl")
+    assert result.code == 2 and len(result.errors) == 1, result
+    assert "given.jsonl, line 2" in result.errors[0] and word in result.errors[0]
+    assert not (tmp_path / "run").exists()
+    result = cli(traces="given.jsonl", steps=1)
+    assert result.code == 0, result
+    assert "jsonl, line 2" in result.stderr and "jsonl, line 1" not in result.stderr
+    used = [r for r in records(tmp_path / "run") if r["ids"]]
+    assert [r["ids"] for r in used] == [ids]
+    assert metrics_of(tmp_path / "run")[0]["flops_traces"] == 0
+
+
+def test_trace_ids_are_made_anew_from_text(script, tmp_path):
+    """encode(decode(ids)) may be other ids (https://github.com/huggingface/trl/issues/
+    5224): given ids reach trace, prefix and context untouched, though the tokenizer
+    would write the same text with fewer."""
+
+    class Pairs:
+        """Knows "ab" as one token (9), and as two (3, 4)."""
+
+        eos_token_id = 1
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [9] * (len(text) // 2)}
+
+        def decode(self, ids, skip_special_tokens):
+            return "".join({3: "a", 4: "b", 9: "ab"}.get(x, "") for x in ids)
+
+        def __len__(self):
+            return 10
+
+    file = tmp_path / "given.jsonl"
+    lines = [{"prompt": "p", "ids": [3, 4, 9, 3, 4]}, {"prompt": "q", "text": "abab"}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    problems = [script.Problem("p", 0), script.Problem("q", 0)]
+    reward = lambda problem, text: float(text in ("ababab", "abab"))
+    args = cpu_args(script)
+    traces = script.read_traces(
+        str(file), Pairs(), [[5], [6]], problems, reward, 100, args
+    )
+    assert traces == {0: script.Trace([3, 4, 9, 3, 4]), 1: script.Trace([9, 9, 1])}
+    cuts = script.cut_prefixes(traces, 1, args)
+    assert {tuple(z) for i, z in cuts if i == 0} <= {(3, 4), (3, 4, 9), (3, 4, 9, 3)}
+
+
+def test_prefix_outside_the_assistants_turn(cli, tmp_path):
+    """With a chat template the prefix continues the assistant's turn: a template that
+    closes the turn behind it, or opens a second one, asks for something else."""
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    folder = save_model(tmp_path / "chat", small_qwen3(len(tokenizer)), tokenizer)
+    plugin = PLUGIN.replace(
+        'f"{split} {i}:"', '[{"role": "user", "content": f"{split} {i}"}]'
+    )
+    (tmp_path / "chat.py").write_text(plugin)
+    changes = dict(task="chat.py", model=folder, plain_share=0, trace_cap=1500)
+    assert cli(**changes, steps=2, candidates=5).code == 0
+    samples = [json.loads(x) for x in (tmp_path / "run/samples.jsonl").open()]
+    texts = [r["text"] for r in records(tmp_path / "run") if r["ids"]]
+    opened = "[end][assistant]"
+    for sample in samples[1:]:
+        prompt = sample["prompt"]
+        assert prompt.count("[assistant]") == 1 and opened in prompt
+        prefix = prompt.partition(opened)[2]
+        assert prefix and any(text.startswith(prefix) for text in texts)
+        assert all(text.startswith(prefix) for text in sample["completions"])
+
+
+# ------------------------------------ Baselines ---------------------------------------
+
+
+def test_imitation_is_not_maximum_likelihood(script):
+    """SFT's gradient is that of the mean log-prob of the traces' tokens, EOS included
+    and prompts not: the first step's against float64 autograd."""
+    network, double = small_qwen3(30), small_qwen3(30).double()
+    prompts = [[5, 6, 7], [8, 9]]
+    traces = {0: [10, 11, 1], 1: [12, 13, 14, 15, 1]}
+    given = {i: script.Trace(ids) for i, ids in traces.items()}
+    args = cpu_args(script, prompts_per_step=2, sft_epochs=1, learning_rate=1e-3)
+    optimizer, before = Recorder(network, lr=0.0), script.torch.optim.AdamW
+    try:
+        script.torch.optim.AdamW = lambda *_, **__: optimizer
+        cost = script.imitate(network, prompts, given, args)
+    finally:
+        script.torch.optim.AdamW = before
+    total = 0.0
+    for i, ids in traces.items():
+        row = torch.tensor([prompts[i] + ids])
+        logits = double(row).logits[0].log_softmax(-1)
+        start = len(prompts[i])
+        total += sum(logits[t - 1, row[0, t]] for t in range(start, row.shape[1]))
+    (-total / 8).backward()
+    exact = torch.cat([p.grad.flatten() for p in double.parameters()])
+    assert len(optimizer.seen) == 1
+    assert (optimizer.seen[0] - exact).norm() < 1e-4 * exact.norm()
+    assert cost == 6 * sum(p.numel() for p in network.parameters()) * (6 + 7)
+
+
+def test_importance_weight_of_a_trace(script, model):
+    """--off-policy: the gradient of a group with a trace z in it is
+    sum_i w_i A_i grad log pi(y_i), w = pi(z) / mu(z) for z as a whole and 1 for what
+    was sampled; z takes the place of the last completion. Against float64, with a trace
+    longer and one shorter than what was sampled, and one group without."""
+    network, tokenizer = model
+    args = cpu_args(script, group_size=3, max_new_tokens=4, prompts_per_step=3)
+    double = small_qwen3(len(tokenizer)).double()
+    prompts = tokenizer(["1 2=3:", "12 4 7=10:", "5 5=10:"])["input_ids"]
+    rollout = script.generate(
+        network, tokenizer, prompts, script.uniforms(args, 1, 3, 3), args
+    )
+    sampled = [
+        row[seen.bool()].tolist()
+        for row, seen in zip(rollout.tokens, rollout.attention_mask)
+    ]
+    traces = {0: script.Trace(tokenizer("abcdefgh")["input_ids"] + [1], -30.0)}
+    traces[2] = script.Trace(tokenizer("a")["input_ids"] + [1], -9.0)
+    batch = [(0, []), (1, []), (2, [])]
+    new, weights, more = script.put_traces(
+        network, tokenizer, rollout, batch, prompts, traces, args
+    )
+    rows = [
+        row[seen.bool()].tolist() for row, seen in zip(new.tokens, new.attention_mask)
+    ]
+    expected = [*sampled[:2], prompts[0] + traces[0].ids, *sampled[3:8]]
+    expected.append(prompts[2] + traces[2].ids)
+    assert rows == expected and new.texts[2] == "abcdefgh" and new.texts[8] == "a"
+    exact = plain_logprobs(double, new)
+    for row, (ratio, found) in enumerate(zip(exact, new.logprobs)):
+        n = len(ratio)
+        torch.testing.assert_close(found[:n].double(), ratio, atol=1e-4, rtol=0)
+        assert not found[n:].any() and new.completion_mask[row].sum() == n
+    w = torch.ones(9, dtype=torch.float64)
+    w[2] = (exact[2].sum().detach() + 30.0).exp()
+    w[8] = (exact[8].sum().detach() + 9.0).exp()
+    torch.testing.assert_close(weights.double(), w, rtol=1e-3, atol=0)
+    replaced = [len(sampled[2]) - len(prompts[0]), len(sampled[8]) - len(prompts[2])]
+    assert more == len(rows[2]) + len(rows[8]) - sum(replaced)
+    rewards = torch.tensor([0, 0, 1.0, 0, 0, 0, 0.5, 0, 1.0])
+    A = script.group_advantages(rewards, 3, "none")
+    optimizer = Recorder(network)
+    script.update(network, None, optimizer, new, A * weights, args)
+    z = new.completion_mask.sum()
+    loss = -sum((w[i] * A[i].double() * exact[i].sum() for i in range(9))) / z.double()
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in double.parameters()])
+    assert (optimizer.seen[0] - gradient).norm() < 1e-3 * gradient.norm() != 0
+
+
+@pytest.mark.parametrize("arm", ["plain", "sft", "off-policy", "prefixed only"])
+def test_baseline_uses_what_it_must_not(cli, script, tmp_path, monkeypatch, arm):
+    """Each baseline is the same run but for one thing: plain RL sees no trace and pays
+    for none; SFT + RL changes the weights before step 1 and has no prefix in RL;
+    off-policy puts a trace in each group that has one; prefixed only has no plain
+    group."""
+    seen, batches = [], []
+    real, drawn = script.update, script.draw_batch
+
+    def spy(model, reference, optimizer, rollout, advantages, args):
+        seen.append((args, rollout))
+        return real(model, reference, optimizer, rollout, advantages, args)
+
+    def spy_batch(*args):
+        batches.append(drawn(*args))
+        return batches[-1]
+
+    monkeypatch.setattr(script, "update", spy)
+    monkeypatch.setattr(script, "draw_batch", spy_batch)
+    flags = {
+        "plain": dict(prefixes_per_problem=0),
+        "sft": dict(prefixes_per_problem=0, sft_epochs=1),
+        "off-policy": dict(prefixes_per_problem=0),
+        "prefixed only": dict(plain_share=0),
+    }[arm]
+    given = ["--off-policy"] if arm == "off-policy" else []
+    assert cli(*given, **flags, steps=3).code == 0
+    first, found = metrics_of(tmp_path / "run")[0], records(tmp_path / "run")
+    ids = {i: r["ids"] for i, r in enumerate(found) if r["ids"]}
+    prefixed = [bool(z) for batch in batches for _, z in batch]
+    assert len(batches) == 3 and len(prefixed) == 12
+    assert any(prefixed) == (arm == "prefixed only") and all(prefixed) == any(prefixed)
+    assert bool(ids) == (arm != "plain") == (first["flops_traces"] > 0)
+    assert ("eval/from_40%" in first) == (arm != "plain")
+    imitation = math.ceil(len(ids) / 4) if arm == "sft" else 0
+    assert len(seen) == 3 + imitation
+    assert ("sft/hard_pass@1" in first) == (arm == "sft")
+    if arm == "off-policy":
+        for (_, rollout), batch in zip(seen, batches):
+            for g, (i, _) in enumerate(batch):
+                row = rollout.tokens[4 * g + 3, -rollout.completion_mask.shape[1] :]
+                z = row[rollout.completion_mask[4 * g + 3].bool()].tolist()
+                assert i not in ids or z == ids[i]
+
+
+# ------------------------------------- Resume -----------------------------------------
+
+
+def test_resume_loses_the_prefixes_or_the_flops(cli, tmp_path):
+    """5 steps and 3 more are 8: traces, cuts, places in both pools, Adam and the sum of
+    FLOPs are those of the run that was not stopped, after imitation and off-policy
+    too; the cache may be gone by then."""
+    for i, (given, changes) in enumerate(
+        (([], {}), (["--off-policy"], dict(prefixes_per_problem=0, sft_epochs=1)))
+    ):
+        whole, half = f"whole{i}", f"half{i}"
+        assert cli(*given, run_dir=whole, steps=8, eval_every=4, **changes).code == 0
+        assert cli(*given, run_dir=half, steps=4, eval_every=4, **changes).code == 0
+        shutil.rmtree(tmp_path / "runs")
+        assert cli("--resume", half, "--steps", "8").code == 0
+        check_same_run(tmp_path / half, tmp_path / whole)
+
+
+@pytest.mark.parametrize("where", ["cached", "imitate", "evaluate_all", "write_logs"])
+def test_kill_before_the_first_step_loses_the_run(
+    cli, script, tmp_path, monkeypatch, where
+):
+    """Search and imitation may take longer than RL: a run that dies in the middle of
+    either (or between the last checkpoint and the first line of the log) resumes, does
+    not try again what was tried, and ends as the untouched run does."""
+    changes = dict(sft_epochs=2, steps=3)
+    assert cli(run_dir="whole", **changes).code == 0
+    shutil.rmtree(tmp_path / "runs")
+    real, calls, made = getattr(script, where), [], []
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == (4 if where == "cached" else 1):
+            if where == "imitate":
+                real(*args)  # the weights in memory are changed by now
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(script, where, dies)
+    with pytest.raises(KeyboardInterrupt):
+        cli(run_dir="half", **changes)
+    monkeypatch.setattr(script, where, real)
+    tried = script.attempts
+    again = functools.wraps(tried)(lambda *args: made.append(args[-2]) or tried(*args))
+    monkeypatch.setattr(script, "attempts", again)
+    assert cli("--resume", "half", "--steps", "3").code == 0
+    check_same_run(tmp_path / "half", tmp_path / "whole")
+    folders = [*(tmp_path / "runs/cache").iterdir()]
+    chunks = len([*folders[0].iterdir()])
+    assert len(folders) == 1 and chunks > 4
+    assert made == ([*range(3, chunks)] if where == "cached" else [])
+
+
+def test_cache_of_another_search_is_used(cli, script, tmp_path, model):
+    """Cached traces of another model, seed, reward or length would be wrong in
+    silence: each changes the folder's name; what does not matter does not."""
+    network, _ = model
+    problems = [script.Problem("1+1=", "2")]
+    base = cpu_args(script)
+    key = lambda **kw: script.search_folder(
+        kw.pop("net", network), kw.pop("p", problems), kw.pop("r", len), base_with(kw)
+    )
+    base_with = lambda kw: script.dataclasses.replace(base, **kw)
+    reward_a = lambda problem, text: 1.0
+    reward_b = lambda problem, text: 0.0
+    same = key(r=reward_a)
+    assert same == key(r=reward_a, steps=9, learning_rate=1.0, trace_cap=7, run_dir="x")
+    others = [key(r=reward_b), key(r=reward_a, net=small_qwen3(98, seed=1))]
+    others.append(key(r=reward_a, p=[script.Problem("1+1=", "3")]))
+    for change in (dict(seed=2), dict(hard_k=3), dict(temperature=0.5)):
+        others.append(key(r=reward_a, **change))
+    others.append(key(r=reward_a, max_new_tokens=5))
+    assert len({same, *others}) == len(others) + 1
+
+
+# ------------------------------------- Flags ------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (dict(prefix_low=0.9), "--prefix-low"),
+        (dict(prefix_high=1.5), "--prefix-high"),
+        (dict(prefix_low=-0.1), "--prefix-low"),
+        (dict(plain_share=1.5), "--plain-share"),
+        (dict(plain_share=-1), "--plain-share"),
+        (dict(hard_k=0), "--hard-k"),
+        (dict(trace_cap=0), "--trace-cap"),
+        (dict(candidates=0), "--candidates"),
+        (dict(prefixes_per_problem=-1), "--prefixes-per-problem"),
+        (dict(sft_epochs=-1), "--sft-epochs"),
+        (dict(max_flops="nan"), "--max-flops"),
+        (dict(traces="missing.jsonl"), "missing.jsonl"),
+    ],
+    ids=lambda x: str(x),
+)
+def test_flag_that_cannot_be_is_accepted(cli, tmp_path, flags, word):
+    """One line, exit code 2, nothing written."""
+    result = cli(**flags)
+    assert result.code == 2 and len(result.errors) == 1 and word in result.errors[0]
+    assert {p.name for p in tmp_path.iterdir()} <= {"task.py"}
+
+
+def test_flags_that_contradict_each_other(cli, tmp_path):
+    """--strict-traces without --traces has no effect, --off-policy beside prefixes is
+    two methods at once, traces without log-probs have no weight."""
+    for flags in (["--strict-traces"], ["--off-policy"]):
+        result = cli(*flags)
+        assert result.code == 2 and flags[0] in result.errors[0]
+    (tmp_path / "given.jsonl").write_text('{"prompt": "train 0:", "text": "abcd"}\n')
+    changes = dict(prefixes_per_problem=0, traces="given.jsonl")
+    result = cli("--off-policy", "--strict-traces", **changes)
+    assert result.code == 2 and "logprob" in result.errors[0]
+
+
+def test_search_that_finds_nothing_trains_on_nothing(cli, tmp_path):
+    """Without hard problems, or without a single trace where one is needed, the run
+    ends in one line that says what to change."""
+    (tmp_path / "easy.py").write_text(PLUGIN.replace("/ 4", "* 0 + 1"))
+    result = cli(task="easy.py")
+    assert result.code == 2 and "hard" in result.errors[0]
+    (tmp_path / "never.py").write_text(PLUGIN.replace("/ 4", "/ 400"))
+    result = cli(task="never.py", run_dir="never", trace_cap=8)
+    assert result.code == 2 and "--trace-cap" in result.errors[0]
