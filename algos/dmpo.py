@@ -23,14 +23,17 @@ moves all log-probs of o_i alike) and dm_coefficient for lambda L_DM.
 Differences. L_DM is the mean over the groups of a batch, which the paper does not say.
 With --mask-truncated cut-off completions leave both p and q, and G counts the others.
 The two other divergences are ours: the paper argues for the forward KL and runs the
-square. At one lambda they are not equally strong, so compare dm_coefficient. Tasks and
-their sizes are for a tiny model, the learning rate is constant after a warm-up.
+square. While q is nearly uniform the forward KL pulls some G^2 / 2 times as hard, so
+compare dm_coefficient, not lambda. p and q are of samples, not of distinct answers: one
+that is drawn twice has two shares. Tasks, sizes and the default learning rate are for a
+tiny model; the rate is constant after a warm-up.
 
     python algos/dmpo.py
     python algos/dmpo.py --model Qwen/Qwen3-0.6B --data train.jsonl --max-new-tokens 512
 
-The first learns to find large independent sets of small graphs, with nothing to
-download.
+The first learns to find large independent sets in small graphs, with nothing to
+download, in a few minutes on 2 CPU cores. --dm-coef 0 shows what GRPO does: quality
+(eval/qr) rises, distinct answers and the best of 16 (eval/qr@16) fall.
 """
 
 from __future__ import annotations
@@ -79,7 +82,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 @dataclasses.dataclass
 class Args:
     seed: int = 1  # of the data order, the sampling and the built-in model
-    steps: int = 300  # batches in the whole run, those before a --resume included
+    steps: int = 100  # batches in the whole run, those before a --resume included
     run_dir: str = ""  # folder of the run (default: runs/dmpo/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue, under its own flags
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
@@ -88,11 +91,11 @@ class Args:
     task: str = "mis"  # mis, mis-9 (size), knapsack, tsp, countdown or a task.py
     data: str = ""  # JSONL file of {"prompt": ..., "answer": ...}, instead of --task
     eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)
-    prompts_per_step: int = 64  # prompts in a batch, over all ranks
+    prompts_per_step: int = 32  # prompts in a batch, over all ranks
     group_size: int = 8  # completions of each prompt (G)
     max_new_tokens: int = 24  # length at which a completion is cut off
     temperature: float = 1.0  # of sampling, and inside every log-prob
-    learning_rate: float | None = None  # default: 1e-4 for tiny, 1e-6 for other models
+    learning_rate: float | None = None  # default: 3e-4 for tiny, 1e-6 for other models
     warmup_steps: int = 10  # steps over which the learning rate rises
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     micro_batch_size: int = 64  # completions in one forward and backward pass
@@ -109,7 +112,7 @@ class Args:
     dm_only: bool = False  # train on the distribution matching alone
     kl_coef: float = 0.0  # beta: weight of the KL to the initial model
     mask_truncated: bool = False  # leave cut-off completions out of the loss
-    eval_every: int = 50  # steps between evaluations
+    eval_every: int = 25  # steps between evaluations
     eval_prompts: int = 256  # held-out problems in an evaluation
     eval_samples: int = 16  # completions of each of them
     save_every: int = 50  # steps between checkpoints
@@ -962,7 +965,7 @@ def check(args: Args) -> None:
         if number and not (zero or 0 < value < math.inf):  # nan is neither
             fail(f"--{name.replace('_', '-')} is {value}: it must be above 0")
     if args.learning_rate is None:
-        args.learning_rate = 1e-4 if args.model == "tiny" else 1e-6
+        args.learning_rate = 3e-4 if args.model == "tiny" else 1e-6
     for wrong, message in (
         (args.group_size < 2, "--group-size must be 2 or more: A compares completions"),
         (

@@ -339,12 +339,12 @@ CUT = [i in (2, 6, 8) for i in range(12)]
 LAMBDA = 1.5
 
 
-def small_update(dmpo, rollout, lr=0.0, **flags):
+def small_update(dmpo, rollout, rewards=REWARDS, lr=0.0, **flags):
     """Every gradient that `update` hands to the optimiser, and its statistics."""
-    rollout.rewards, model = REWARDS, small_qwen3(16).double()
+    rollout.rewards, model = rewards, small_qwen3(16).double()
     flags = dict(group_size=4, dm_coef=LAMBDA, max_new_tokens=9) | flags
     args, optimizer = cpu_args(dmpo, **flags), Recorder(model, lr)
-    advantages = dmpo.group_advantages(REWARDS, 4, args.advantage_scale)
+    advantages = dmpo.group_advantages(rewards, 4, args.advantage_scale)
     reference = small_qwen3(16, seed=1).double() if args.kl_coef else None
     stats = dmpo.update(model, reference, optimizer, rollout, advantages, args)
     return optimizer.seen, stats
@@ -420,25 +420,28 @@ def test_everything_masked_is_0_divided_by_0(dmpo):
 
 
 WORKER = """
-import json, sys, torch
-import torch.distributed as dist
-folder, tests, job = sys.argv[1:]
-sys.path.insert(0, tests)
+import sys
+sys.path.insert(0, sys.argv[1])
 import test_dmpo
-from conftest import cpu_args, load_script
-dmpo, job, found = load_script("dmpo"), json.loads(job), []
-if dmpo.WORLD_SIZE > 1:
-    dist.init_process_group("gloo")
-whole = torch.load(f"{folder}/batch.pt")
-mine = torch.arange(12).view(-1, 4)[dmpo.RANK :: dmpo.WORLD_SIZE].flatten()
-test_dmpo.REWARDS = test_dmpo.REWARDS[mine]
-for flags in job["cases"]:
-    parts = {k: v[mine] for k, v in whole.items()}
-    rollout = dmpo.Rollout(**parts, texts=[""] * len(mine))
-    found.append(test_dmpo.small_update(dmpo, rollout, **flags))
-torch.save(found, f"{folder}/gradient-{dmpo.RANK}-of-{dmpo.WORLD_SIZE}.pt")
-dmpo.train(cpu_args(dmpo, **job["train"], run_dir=f"{folder}/run-{dmpo.WORLD_SIZE}"))
+test_dmpo.dist_job(test_dmpo.load_script("dmpo"), *sys.argv[2:])
 """
+
+
+def dist_job(dmpo, folder: str, job: str) -> None:
+    """This rank's share of some updates and of a whole run; gradients into a file."""
+    job, found = json.loads(job), []
+    if dmpo.WORLD_SIZE > 1:
+        torch.distributed.init_process_group("gloo")
+    whole = torch.load(f"{folder}/batch.pt")
+    mine = torch.arange(12).view(-1, 4)[dmpo.RANK :: dmpo.WORLD_SIZE].flatten()
+    for flags in job["cases"]:
+        parts = {k: v[mine] for k, v in whole.items()}
+        rollout = dmpo.Rollout(**parts, texts=[""] * len(mine))
+        found.append(small_update(dmpo, rollout, REWARDS[mine], **flags))
+    torch.save(found, f"{folder}/gradient-{dmpo.RANK}-of-{dmpo.WORLD_SIZE}.pt")
+    run_dir = f"{folder}/run-{dmpo.WORLD_SIZE}"
+    dmpo.train(cpu_args(dmpo, **job["train"], run_dir=run_dir))
+
 
 VERIFIED = f"""{PLUGIN}
 
@@ -460,7 +463,7 @@ def logged(run_dir: Path) -> list[dict]:
     ]
 
 
-def test_gradient_depends_on_the_number_of_ranks(dmpo, tmp_path):
+def test_gradient_depends_on_the_number_of_ranks(dmpo, tmp_path, monkeypatch):
     """Ranks that average L_DM over their own groups weight a group by its rank's
     count: here one rank has two groups and the other one. Two gloo ranks have the
     gradients of one process, and the whole loop has its metrics.
@@ -477,22 +480,23 @@ def test_gradient_depends_on_the_number_of_ranks(dmpo, tmp_path):
     train |= dict(prompts_per_step=4, group_size=4, max_new_tokens=6, eval_prompts=3)
     train |= dict(eval_samples=8, learning_rate=1e-3)
     job = json.dumps({"cases": cases, "train": train})
-    command = [sys.executable, "-c", WORKER, tmp_path, Path(__file__).parent, job]
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Ctrl-C stays pytest's
+    dist_job(dmpo, tmp_path, job)
+    command = [sys.executable, "-c", WORKER, Path(__file__).parent, tmp_path, job]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    for world in 1, 2:
-        env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        workers = [
-            subprocess.Popen([*map(str, command)], env=env | {"RANK": str(rank)})
-            for rank in range(world)
-        ]
-        try:
-            assert [worker.wait(200) for worker in workers] == [0] * world
-        finally:
-            for worker in workers:
-                worker.kill()
+    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    workers = [
+        subprocess.Popen([*map(str, command)], env=env | {"RANK": str(rank)})
+        for rank in range(2)
+    ]
+    try:
+        assert [worker.wait(200) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
     one = torch.load(tmp_path / "gradient-0-of-1.pt")
     for rank in 0, 1:
         two = torch.load(tmp_path / f"gradient-{rank}-of-2.pt")
