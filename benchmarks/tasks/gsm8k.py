@@ -1,0 +1,70 @@
+"""GSM8K (arXiv 2110.14168): school arithmetic in words, the last number is the answer.
+
+    python algos/grpo.py --model Qwen/Qwen3-0.6B --max-new-tokens 512 \\
+        --task benchmarks/tasks/gsm8k.py
+
+    GSM8K_PATH  the data set: a hub name (default: openai/gsm8k, 7,473 problems to train
+                on, 1,319 held out) or a local folder in the hub's format, for a machine
+                without network: hf download openai/gsm8k --repo-type dataset
+                --local-dir gsm8k
+
+The reward is 1 if the last number in the last 1,000 characters of a completion equals
+the answer: 1,234 and $1234.00 are equal. Evaluation takes the test split in its order;
+a question of it that is in the train split too is not trained on. Needs
+benchmarks/requirements.txt.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from decimal import Decimal
+
+INSTRUCTION = "Reason step by step. End with the answer as a plain number."
+# a minus sign directly behind a word, a number or a bracket is a difference
+NUMBER = re.compile(
+    r"((?<![\w)])[-−])?\$?([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?"
+    r"|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+)
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number in the last 1,000 characters; None if there is none."""
+    found = NUMBER.findall(text[-1000:])
+    if not found:
+        return None
+    sign, digits = found[-1]
+    return Decimal(digits.replace(",", "")).copy_sign(-1 if sign else 1)
+
+
+def to_problem(row: dict) -> dict:
+    """A row of the data set, whose answer ends in "#### 1,234", as a problem."""
+    worked, _, end = row["answer"].rpartition("####")
+    number = last_number(end)
+    if not worked or number is None:
+        raise ValueError(f"no '#### number' in the answer {row['answer']!r}")
+    solution = re.sub("<<[^>]*>>", "", worked) + f"The answer is {number}"
+    prompt = [{"role": "user", "content": f"{row['question']}\n\n{INSTRUCTION}"}]
+    return {"prompt": prompt, "answer": str(number), "solution": solution}
+
+
+def problems(split: str, seed: int) -> Iterator[dict]:
+    """The train or (split "eval") the test split; the seed changes nothing."""
+    import datasets
+
+    path = os.environ.get("GSM8K_PATH", "openai/gsm8k")
+    try:
+        rows = datasets.load_dataset(path, "main")
+        train, test = list(rows["train"]), list(rows["test"])
+    except Exception as e:
+        advice = "without network GSM8K_PATH has to name a local folder"
+        raise RuntimeError(f"cannot load the data set {path} ({advice}): {e!r}") from e
+    held_out = {row["question"] for row in test}
+    train = [row for row in train if row["question"] not in held_out]
+    return iter([to_problem(row) for row in (test if split == "eval" else train)])
+
+
+def reward(problem, completion: str) -> float:
+    """1.0 if the completion's last number is the answer, else 0.0."""
+    return float(last_number(completion) == Decimal(problem.answer))
