@@ -56,13 +56,12 @@ def problems(split: str, seed: int) -> Iterator[dict]:
     path = os.environ.get("GSM8K_PATH", "openai/gsm8k")
     try:
         rows = datasets.load_dataset(path, "main")
-        train, test = list(rows["train"]), list(rows["test"])
+        test = {row["question"]: to_problem(row) for row in rows["test"]}
+        train = [to_problem(x) for x in rows["train"] if x["question"] not in test]
     except Exception as e:
         advice = "without network GSM8K_PATH has to name a local folder"
         raise RuntimeError(f"cannot load the data set {path} ({advice}): {e!r}") from e
-    held_out = {row["question"] for row in test}
-    train = [row for row in train if row["question"] not in held_out]
-    return iter([to_problem(row) for row in (test if split == "eval" else train)])
+    return iter(test.values() if split == "eval" else train)
 
 
 def reward(problem, completion: str) -> float:

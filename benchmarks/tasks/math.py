@@ -73,19 +73,18 @@ def problems(split: str, seed: int) -> Iterator[dict]:
     path = os.environ.get("MATH_DATASET", "DigitalLearningGmbH/MATH-lighteval")
     try:
         rows = datasets.load_dataset(path, os.environ.get("MATH_CONFIG"))
-        train, test = list(rows["train"]), list(rows["test"])
+        pairs = lambda part: [(row["problem"], row["solution"]) for row in rows[part]]
+        train, test = pairs("train"), pairs("test")
     except Exception as e:
         advice = "without network MATH_DATASET has to name a local folder"
         raise RuntimeError(f"cannot load the data set {path} ({advice}): {e!r}") from e
     worker()  # if math-verify does not work, that is said now
-    held_out = {row["problem"] for row in test}
-    train = [row for row in train if row["problem"] not in held_out]
+    held_out = {problem for problem, _ in test}
+    train = [pair for pair in train if pair[0] not in held_out]
     rows, found = test if split == "eval" else train, []
-    for row in random.Random(0).sample(rows, len(rows)):
-        if answer := boxed(row["solution"]):
-            prompt = f"{row['problem']}\n\n{INSTRUCTION}"
-            prompt = [{"role": "user", "content": prompt}]
-            solution = row["solution"]
+    for problem, solution in random.Random(0).sample(rows, len(rows)):
+        if answer := boxed(solution):
+            prompt = [{"role": "user", "content": f"{problem}\n\n{INSTRUCTION}"}]
             found.append({"prompt": prompt, "answer": answer, "solution": solution})
     if left_out := len(rows) - len(found):
         about = f"{left_out} of {len(rows)} {split} problems"
