@@ -91,7 +91,7 @@ ESTIMATORS = "vopd", "vopd-topk", "sampled", "full", "topk", "clip"
 @dataclasses.dataclass
 class Args:
     seed: int = 1  # of the data order, the sampling and the built-in models
-    steps: int = 100  # batches in the whole run, those before a --resume included
+    steps: int = 300  # batches in the whole run, those before a --resume included
     run_dir: str = ""  # folder of the run (default: runs/vopd/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue, under its own flags
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
@@ -111,14 +111,14 @@ class Args:
     max_new_tokens: int = 24  # length at which a completion is cut off
     temperature: float = 1.0  # of sampling, and inside every log-prob of the student
     teacher_temperature: float = 1.0  # divides the teacher's logits
-    learning_rate: float | None = None  # default: 1e-3 for tiny, 1e-6 for other models
+    learning_rate: float | None = None  # default: 2e-4 for tiny, 1e-6 for other models
     warmup_steps: int = 10  # steps over which the learning rate rises
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     micro_batch_size: int = 64  # completions in one forward and backward pass
     rollout_batch_size: int = 512  # completions decoded side by side
     gradient_checkpointing: bool = False  # recompute activations to save memory
     mask_truncated: bool = False  # leave cut-off completions out of the loss
-    eval_every: int = 50  # steps between evaluations
+    eval_every: int = 100  # steps between evaluations
     eval_prompts: int = 256  # held-out problems in an evaluation
     eval_samples: int = 8  # completions of each of them
     save_every: int = 50  # steps between checkpoints
@@ -352,6 +352,24 @@ def load_teacher(problems: list[Problem], args: Args) -> tuple:
     return teacher.to(dtype).requires_grad_(False), tokenizer
 
 
+def same_vocabulary(model, tokenizer, teacher, teacher_tokenizer) -> None:
+    """Refuse a teacher whose ids are other tokens. Rows beyond the last token, which
+    pad a vocabulary, are cut off both models: none can be sampled or has a share."""
+    ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    for token in sorted(ours.keys() | theirs.keys(), key=str) if ours != theirs else ():
+        if ours.get(token) != theirs.get(token):
+            ids = f"is {ours.get(token)} for the student, {theirs.get(token)} for the"
+            fail(
+                f"the vocabularies differ: {token!r} {ids} teacher; both must be equal"
+            )
+    size = max(ours.values()) + 1
+    for who, part in (("student", model), ("teacher", teacher)):
+        rows = part.get_output_embeddings().weight.shape[0]
+        if rows < size:
+            fail(f"the {who} has {rows} logits, fewer than the {size} tokens")
+        part.resize_token_embeddings(size)
+
+
 def autocast(args: Args) -> torch.autocast:
     """Matrix products in bf16 if --dtype says so; the weights themselves stay fp32."""
     return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
@@ -527,24 +545,6 @@ def token_logprobs(
 # --------------------------------- THE ALGORITHM --------------------------------------
 
 
-def same_vocabulary(model, tokenizer, teacher, teacher_tokenizer) -> None:
-    """Refuse a teacher whose ids are other tokens. Rows beyond the last token, which
-    pad a vocabulary, are cut off both models: none can be sampled or has a share."""
-    ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-    for token in sorted(ours.keys() | theirs.keys(), key=str) if ours != theirs else ():
-        if ours.get(token) != theirs.get(token):
-            ids = f"is {ours.get(token)} for the student, {theirs.get(token)} for the"
-            fail(
-                f"the vocabularies differ: {token!r} {ids} teacher; both must be equal"
-            )
-    size = max(ours.values()) + 1
-    for who, part in (("student", model), ("teacher", teacher)):
-        rows = part.get_output_embeddings().weight.shape[0]
-        if rows < size:
-            fail(f"the {who} has {rows} logits, fewer than the {size} tokens")
-        part.resize_token_embeddings(size)
-
-
 def top_ids(logits: torch.Tensor, k: int, block: int = 64) -> torch.Tensor:
     """Ids (..., k) of the k largest logits. Exact, and faster than sorting all of them:
     the k blocks with the largest maxima hold them. What is left over is no block."""
@@ -564,21 +564,25 @@ def reverse_kl(student_logits, teacher_logits) -> torch.Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+def at(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Of x (..., V) what stands at the tokens (...)."""
+    return x.gather(-1, tokens[..., None])[..., 0]
+
+
+def expectation(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Sum of p x (..., V) over the vocabulary, (...), without a tensor for p x."""
+    return torch.einsum("...v,...v->...", p, x)
+
+
 def distill_advantages(
-    student_logits,
-    teacher_logits,
-    tokens,
-    estimator,
-    top_k=100,
-    clip_lambda=0.1,
-    p=None,
+    student_logits, teacher_logits, tokens, estimator, top_k=100, clip_lambda=0.1, p=0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """a and the reverse KL as the estimator sees it, both (B, C) in nats and detached;
     but full and topk have a = 0, and their KL, which is their loss, has its gradient
     (the six of the paper's official code).
 
     student_logits, teacher_logits (B, C, V), divided by their temperatures; tokens
-    (B, C), drawn from the student; p (B, C, V), detached: its softmax, if known.
+    (B, C), drawn from the student; p (B, C, V): the student's softmax, if known.
     ValueError: there is no such estimator.
     """
     s, t = student_logits.detach(), teacher_logits.detach()
@@ -591,18 +595,17 @@ def distill_advantages(
         kl = reverse_kl(source.gather(-1, ids), t.gather(-1, ids))
     if estimator == "topk":  # biased: mass moves inside the k, never in or out
         return torch.zeros_like(kl.detach()), kl
-    p = s.softmax(-1) if p is None else p
-    s_y, t_y, p_y = (x.gather(-1, tokens[..., None])[..., 0] for x in (s, t, p))
-    log_p = p_y.clamp(min=torch.finfo(p.dtype).tiny).log()
-    log_q = t_y - t.logsumexp(-1)
+    p = p if torch.is_tensor(p) else s.softmax(-1)
+    log_p = at(p, tokens).clamp(min=torch.finfo(p.dtype).tiny).log()
+    log_q = at(t.log_softmax(-1), tokens)
     r = log_q - log_p
     if estimator == "sampled":  # unbiased, noisy: E[r grad log p] = -grad KL(p || q)
         return r, -r
     if estimator == "clip":  # biased: tokens that the teacher rejects count too little
         return r.clamp(min=math.log(clip_lambda) / (1 - clip_lambda)), -r
     if estimator == "vopd":  # unbiased: E[KL grad log p] = KL grad sum(p) = 0
-        kl = torch.linalg.vecdot(p, s) - torch.linalg.vecdot(p, t)  # E[s - t] less
-        kl = kl - (s_y - log_p) + (t_y - log_q)  # both logsumexp
+        kl = expectation(p, s) - expectation(p, t)  # E[s - t], less
+        kl = kl - (at(s, tokens) - log_p) + (at(t, tokens) - log_q)  # both logsumexp
         return r + kl, kl
     if estimator == "vopd-topk":  # unbiased: y has no part in this KL either
         return r + kl, kl
@@ -616,25 +619,19 @@ def distill_loss(
     """The loss of the docstring above, a scalar; for full and topk the mean KL.
 
     Shapes as above; mask (B, C): 1 where a token counts; denominator: Z. Losses and
-    stats (tokens; reverse_kl: its sum) of chunks add up to those of the batch. What is
-    kept for the backward pass is p, which vopd needs anyway: with p held fixed,
+    stats (tokens; reverse_kl: its sum) of chunks add up to those of the batch. All that
+    is kept for the backward pass is p, which vopd needs anyway: with p held fixed,
     grad log p(y) = grad (s_y - sum_v p_v s_v), s: the student's logits.
     """
-    p = (
-        student_logits.detach().softmax(-1)
-        if estimator not in ("full", "topk")
-        else None
-    )
-    pair = student_logits, teacher_logits
-    A, kl = distill_advantages(*pair, tokens, estimator, top_k, clip_lambda, p)
+    exact = estimator in ("full", "topk")
+    p = 0 if exact else student_logits.detach().softmax(-1)
+    batch = student_logits, teacher_logits, tokens, estimator, top_k, clip_lambda
+    A, kl = distill_advantages(*batch, p)
     losses = kl
-    if p is not None:
-        s_y, p_y = (
-            x.gather(-1, tokens[..., None])[..., 0] for x in (student_logits, p)
-        )
-        score = s_y - torch.linalg.vecdot(p, student_logits)
-        log_p = score - score.detach() + p_y.clamp(min=torch.finfo(p.dtype).tiny).log()
-        losses = -A * log_p
+    if not exact:
+        score = at(student_logits, tokens) - expectation(p, student_logits)
+        log_p = at(p, tokens).clamp(min=torch.finfo(p.dtype).tiny).log()
+        losses = -A * (log_p + score - score.detach())
     loss = (losses * mask).sum() / max(denominator, 1)
     return loss, {"tokens": mask.sum(), "reverse_kl": (kl.detach() * mask).sum()}
 
@@ -643,8 +640,8 @@ def distill(model, teacher, rollout, mask, z, args, logits=2**26) -> torch.Tenso
     """Sums (3,) over the tokens that mask (B, C) has: loss, reverse KL, tokens. Where
     gradients are on they are added to the weights'.
 
-    Of neither model a (B, C, V) tensor exists: each chunk of `logits` / V tokens is done
-    with, backward pass included, before the next one is made.
+    Of neither model a (B, C, V) tensor exists: a chunk of `logits` / V tokens is done,
+    backward pass included, before the next one is made.
     """
     totals, width = torch.zeros(3, device=mask.device), mask.shape[1]
     head, teacher_head = (x.get_output_embeddings() for x in (model, teacher))
@@ -847,7 +844,7 @@ def check(args: Args) -> None:
         if number and not (zero or 0 < value < math.inf):  # nan is neither
             fail(f"--{name.replace('_', '-')} is {value}: it must be above 0")
     if args.learning_rate is None:
-        args.learning_rate = 1e-3 if args.model == "tiny" else 1e-6
+        args.learning_rate = 2e-4 if args.model == "tiny" else 1e-6
     for wrong, message in (
         (args.clip_lambda >= 1, "--clip-lambda must be below 1"),
         (args.model != "tiny" and not args.teacher, "--model needs a --teacher"),
