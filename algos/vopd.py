@@ -981,10 +981,11 @@ def train(args: Args) -> None:
             sys.exit(130)
     if RANK == 0:
         logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-        print(f"{'':16} student before  student after  teacher")
-        for name in [x for x in logs[0] if x.replace("/", "/teacher_") in logs[0]]:
-            best = logs[0][name.replace("/", "/teacher_")]
-            print(f"{name:16} {logs[0][name]:14.3f} {logs[-1][name]:14.3f} {best:8.3f}")
+        print(f"{'':16} student before  student after   teacher")
+        pairs = [(x.replace("/teacher_", "/"), x) for x in logs[0] if "/teacher_" in x]
+        for name, best in pairs:
+            print(f"{name:16} {logs[0][name]:14.3f} {logs[-1][name]:14.3f}", end="")
+            print(f" {logs[0][best]:9.3f}")
         print(f"run folder: {run_dir}")
 
 

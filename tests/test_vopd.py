@@ -571,6 +571,10 @@ def test_table_or_evaluation_shows_another_number(vopd, cli, folders, tmp_path):
     the student's is the mean over fresh tokens of the exact KL."""
     result = cli(eval_samples=8, steps=3)
     lines = metrics_of(tmp_path / "run")
+    table = result.stdout[result.stdout.index("student before") :]
+    rows = [x.split()[0] for x in table.split("\n")[:5]]
+    shown = ["reverse_kl", "pass@1", "pass@8", "reward"]
+    assert rows == ["student", *(f"eval/{x}" for x in shown)]
     for name in "eval/reverse_kl", "eval/pass@1", "eval/pass@8":
         (row,) = [x for x in result.stdout.split("\n") if x.startswith(name)]
         teacher = lines[0][name.replace("/", "/teacher_")]
@@ -631,6 +635,27 @@ def test_reverse_kl_does_not_fall(cli, tmp_path):
     assert cli(**flags).code == 0
     lines = metrics_of(tmp_path / "run")
     assert lines[-1]["eval/reverse_kl"] < 0.75 * lines[0]["eval/reverse_kl"]
+
+
+def test_offline_default_does_not_start(vopd, cli, tmp_path, monkeypatch):
+    """Without --model and --teacher both are made here: two models, the teacher larger
+    and trained for longer, the student the usual base model; the second run finds them.
+    (Here after two steps of training each.)"""
+    made, make = [], vopd.tiny_model
+
+    def short(problems, seed, steps=450, width=128):
+        made.append((steps, width))
+        return make(problems, seed, steps=2, width=width)
+
+    monkeypatch.setattr(vopd, "tiny_model", short)
+    flags = dict(model=None, teacher=None, task="countdown-2", max_new_tokens=8)
+    for name in "one", "two":
+        assert cli(run_dir=name, **flags).code == 0
+    (teacher, student), again = made[:2], made[2:]
+    assert again == made[:2] and student == (450, 128)
+    assert teacher[0] > student[0] and teacher[1] > student[1]
+    assert len(list((tmp_path / "runs/cache").iterdir())) == 2
+    assert logged(tmp_path / "one") == logged(tmp_path / "two")
 
 
 RANKS = """
