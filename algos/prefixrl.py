@@ -30,8 +30,9 @@ too, evaluation not. --max-flops ends runs at equal cost. Other ways to use the 
     --plain-share 0                            prefixed problems only
 
 Differences. pi_base(z) is what z was sampled with; that it was kept because it is right
-is left out of the weight, which is not truncated. The paper gives no clip and no KL:
-grpo.py's are here, by flag; clips matter from the second update on a batch only.
+is left out of the weight, which is capped at e^20 only. The paper states no clip and no
+KL; grpo.py's are here by flag, and the clip acts from the second update on a batch on.
+A learning rate of 1e-6 and 128 prompts a step are the paper's, as far as it is known.
 
     python algos/prefixrl.py
     python algos/prefixrl.py --model Qwen/Qwen3-0.6B --data train.jsonl --hard-k 512 \\
@@ -108,6 +109,7 @@ class Args:
     prefix_high: float = 0.8  # greatest share of it
     plain_share: float = 0.25  # of a batch: hard problems without a prefix
     sft_epochs: int = 0  # epochs of imitation of the traces before RL
+    sft_learning_rate: float | None = None  # of that (default: --learning-rate)
     off_policy: bool = False  # traces join their plain groups, importance-weighted
     max_flops: float = 0.0  # end the run once this much is spent (0: after --steps)
     prompts_per_step: int = 64  # prompts in a batch, over all ranks
@@ -724,9 +726,8 @@ def draw(pool: list, step: int, count: int, *key: int) -> list:
     drawn = []
     for place in range((step - 1) * count, step * count):
         epoch, i = divmod(place, len(pool))
-        drawn.append(
-            pool[np.random.default_rng([*key, epoch]).permutation(len(pool))[i]]
-        )
+        order = np.random.default_rng([*key, epoch]).permutation(len(pool))
+        drawn.append(pool[order[i]])
     return drawn
 
 
@@ -787,17 +788,17 @@ def trace_rollout(prompts: list[list[int]], traces: list[Trace], args: Args) -> 
 def imitate(model, prompts, traces: dict[int, Trace], args: Args) -> int:
     """--sft-epochs over the traces, in place: `update` with the advantage 1 is maximum
     likelihood. Returns the FLOPs."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.learning_rate, weight_decay=0.0
-    )
+    rate = args.sft_learning_rate or args.learning_rate
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     pool, n, tokens = [*traces], args.prompts_per_step, 0
     args = dataclasses.replace(args, kl_coef=0.0, updates_per_batch=1)
     for step in range(1, math.ceil(args.sft_epochs * len(pool) / n) + 1):
         batch = draw(pool, step, n, args.seed, 3)[RANK::WORLD_SIZE]
         posed = [prompts[i] for i in batch], [traces[i] for i in batch]
         rollout, ones = trace_rollout(*posed, args), torch.ones(len(batch))
-        update(model, None, optimizer, rollout, ones.to(args.device), args)
-        tokens += trained_tokens(rollout, ones.to(args.device), args)
+        rollout.rewards = ones.to(args.device)
+        update(model, None, optimizer, rollout, rollout.rewards, args)
+        tokens += trained_tokens(rollout, rollout.rewards, args)
     tokens = all_reduce(torch.tensor(tokens, device=args.device)).item()
     return flops(sum(p.numel() for p in model.parameters()), 0, tokens)
 
@@ -805,8 +806,8 @@ def imitate(model, prompts, traces: dict[int, Trace], args: Args) -> int:
 def put_traces(model, tokenizer, rollout, batch, prompts, traces, args) -> tuple:
     """--off-policy: in each group whose problem has a trace z, it takes the place of
     the last completion. Returns the new rollout, weights (B,) for its advantages (pi(z)
-    / pi_base(z) for whole traces, 1 elsewhere), and the tokens read on balance: z is
-    scored once; what it replaces counts as not drawn."""
+    / pi_base(z) of whole traces, at most e^20; 1 elsewhere), and the tokens read on
+    balance: z is scored once; what it replaces counts as not drawn."""
     group_size, rows, texts = args.group_size, [], list(rollout.texts)
     width, lengths = rollout.completion_mask.shape[1], rollout.completion_mask.sum(-1)
     for row, n in zip(rollout.tokens[:, -width:].tolist(), lengths.int().tolist()):
@@ -831,7 +832,7 @@ def put_traces(model, tokenizer, rollout, batch, prompts, traces, args) -> tuple
         batch = new.tokens[places], new.attention_mask[places], most
         new.logprobs[places] = token_logprobs(model, *batch, args.temperature)[0]
     sampled = torch.tensor([rows[row].logprob for row in places], device=args.device)
-    weights[places] = (new.logprobs[places].sum(-1) - sampled).exp()
+    weights[places] = (new.logprobs[places].sum(-1) - sampled).clamp(max=20).exp()
     tokens = new.attention_mask[places].sum() - lengths[places].sum()
     return new, weights, int(tokens)
 
@@ -989,12 +990,13 @@ def evaluate_all(model, tokenizer, tests, hard, traces, reward, args) -> dict:
     ("eval/hard_..."); tests and hard: (prompts, problems). With traces also the share
     solved from 0, 20, ... 80 % of each trace ("eval/from_20%")."""
     metrics = {}
+    most = args.eval_prompts
     for name, (prompts, problems) in (("", tests), ("hard_", hard)):
-        plain = prompts, [[]] * len(prompts), problems
+        plain = prompts[:most], [[]] * len(prompts), problems[:most]
         found = evaluate(model, tokenizer, *plain, reward, args)
         metrics |= {key.replace("/", f"/{name}"): x for key, x in found.items()}
-    chosen = [*traces][: args.eval_prompts]
-    for percent in range(0, 100, 20) if traces else ():
+    chosen = [*traces][:most]
+    for percent in range(0, 100, 20) if len(chosen) >= WORLD_SIZE else ():
         cuts = [traces[i].ids[: len(traces[i].ids) * percent // 100] for i in chosen]
         posed = [hard[0][i] for i in chosen], cuts, [hard[1][i] for i in chosen]
         found = evaluate(model, tokenizer, *posed, reward, args)
@@ -1210,8 +1212,10 @@ def find_traces(model, tokenizer, prompts, problems, reward, given, longest, arg
         record = {"step": 0, "problem": i, "prompt": problems[i].prompt, "text": text}
         records.append(record | {"ids": ids, "logprob": logprob})
     none = sum(record["ids"] is None for record in records)
-    if not hard:
-        fail(f"none of {len(problems)} candidates is hard: give more, or a harder task")
+    if len(hard) < WORLD_SIZE:
+        fail(
+            f"{len(hard)} of {len(problems)} candidates are hard: give more, or harder"
+        )
     if none == len(hard) and needs_traces(args):
         fail(f"no trace of {none} hard problems: raise --trace-cap, or give --traces")
     return records, spent | {"without_trace": none}

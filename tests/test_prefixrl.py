@@ -6,9 +6,12 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -369,7 +372,7 @@ def test_flops_of_a_run_leave_a_phase_out(cli, script, tmp_path, small_folder):
     assert 6 * n * least <= first["flops_sft"] <= 6 * n * most
     phases = ("flops_hard_search", "flops_traces", "flops_sft")
     assert first["flops"] == sum(first[name] for name in phases)
-    for before, line in zip(lines, lines[1:]):
+    for before, line in itertools.pairwise(lines):
         step = line["flops"] - before["flops"]
         completions = round(line["completion_length"] * 16)
         assert step > 2 * n * completions and step % (2 * n) == 0
@@ -586,7 +589,7 @@ def test_importance_weight_of_a_trace(script, model):
     optimizer = Recorder(network)
     script.update(network, None, optimizer, new, A * weights, args)
     z = new.completion_mask.sum()
-    loss = -sum((w[i] * A[i].double() * exact[i].sum() for i in range(9))) / z.double()
+    loss = -sum(w[i] * A[i].double() * exact[i].sum() for i in range(9)) / z.double()
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in double.parameters()])
     assert (optimizer.seen[0] - gradient).norm() < 1e-3 * gradient.norm() != 0
@@ -710,6 +713,60 @@ def test_cache_of_another_search_is_used(cli, script, tmp_path, model):
         others.append(key(r=reward_a, **change))
     others.append(key(r=reward_a, max_new_tokens=5))
     assert len({same, *others}) == len(others) + 1
+
+
+WORKER = """
+import json, sys
+import torch.distributed as dist
+tests, flags = sys.argv[1:]
+sys.path.insert(0, tests)
+from conftest import cpu_args, load_script
+script = load_script("prefixrl")
+if script.WORLD_SIZE > 1:
+    dist.init_process_group("gloo")
+script.train(cpu_args(script, **json.loads(flags)))
+"""
+
+
+def test_ranks_search_or_count_alone(tmp_path, small_folder):
+    """Ranks that each search for themselves, or count only their own tokens, disagree
+    about what is hard and what it cost: two gloo ranks find the traces, draw the
+    batches and pay the FLOPs of one process, off-policy traces and imitation too."""
+    (tmp_path / "task.py").write_text(PLUGIN)
+    flags = SMALL | dict(task=str(tmp_path / "task.py"), model=small_folder)
+    flags |= dict(steps=2, eval_every=1, learning_rate=1e-3, sft_epochs=1)
+    flags |= dict(candidates=7)
+    off_policy = dict(off_policy=True, prefixes_per_problem=0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, changes in (("prefixed", {}), ("off-policy", off_policy)):
+        runs = []
+        for world in 1, 2:
+            home = tmp_path / f"{name}-{world}"
+            home.mkdir()
+            job = json.dumps(flags | changes)
+            command = [sys.executable, "-c", WORKER, Path(__file__).parent, job]
+            env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            workers = [
+                subprocess.Popen(
+                    [*map(str, command)], env=env | {"RANK": str(rank)}, cwd=home
+                )
+                for rank in range(world)
+            ]
+            try:
+                assert [worker.wait(100) for worker in workers] == [0] * world
+            finally:
+                for worker in workers:
+                    worker.kill()
+            runs.append(home / "run")
+        one, two = ([(r["problem"], r["ids"]) for r in records(run)] for run in runs)
+        assert one == two and any(ids for _, ids in one)
+        for alone, shared in zip(*map(logged, runs)):
+            assert alone["flops"] == shared["flops"]
+            assert shared == pytest.approx(alone, rel=1e-3, abs=1e-5)
+        assert alone["step"] == 2 and alone["grad_norm"] > 0
 
 
 # ------------------------------------- Flags ------------------------------------------
