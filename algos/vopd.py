@@ -91,7 +91,7 @@ ESTIMATORS = "vopd", "vopd-topk", "sampled", "full", "topk", "clip"
 @dataclasses.dataclass
 class Args:
     seed: int = 1  # of the data order, the sampling and the built-in models
-    steps: int = 300  # batches in the whole run, those before a --resume included
+    steps: int = 250  # batches in the whole run, those before a --resume included
     run_dir: str = ""  # folder of the run (default: runs/vopd/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue, under its own flags
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
@@ -345,8 +345,8 @@ def load_model(name: str, args: Args) -> tuple:
 
 def load_teacher(problems: list[Problem], args: Args) -> tuple:
     """The teacher, which never gets gradients (in bf16 on a GPU), and its tokenizer;
-    for the tiny student a model twice as wide, trained for longer."""
-    name = args.teacher or tiny_model(problems, args.seed, steps=2500, width=192)
+    for the tiny student a wider model, trained for longer."""
+    name = args.teacher or tiny_model(problems, args.seed, steps=2200, width=160)
     teacher, tokenizer = load_model(name, args)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     return teacher.to(dtype).requires_grad_(False), tokenizer

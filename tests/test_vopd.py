@@ -678,6 +678,9 @@ args = cpu_args(vopd, mask_truncated=True, micro_batch_size=3)
 stats = vopd.update(model, small_qwen3(20, seed=1).double(), optimizer, rollout, args)
 file = f"{folder}/{{vopd.RANK}}-of-{{vopd.WORLD_SIZE}}.pt"
 torch.save((optimizer.seen[0], stats["loss"], stats["reverse_kl"]), file)
+if vopd.WORLD_SIZE > 1:
+    dist.barrier()
+    dist.destroy_process_group()
 """
 
 
