@@ -1,0 +1,181 @@
+"""Seconds and peak memory of loss + backward of each estimator of algos/vopd.py.
+
+    python benchmarks/estimator_cost.py [--tokens 2048] [--hidden 256] [--repeats 3]
+
+What is measured is the script's own function `distill` on a student and a teacher of
+one layer each, so the two output heads and the loss are nearly all of it: tokens in,
+gradients of all weights out. The wider the hidden states, the less the estimators
+differ (the heads' matrix products grow); real models have 1,024 and more.
+
+Time: in one process for each vocabulary, all estimators in turn, the order reversed
+every other time; the ratio is that to `sampled` in the same turn, its median over the
+turns.
+Memory: a fresh process for each estimator; peak less what was there before the call.
+Writes benchmarks/results/estimator_cost.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = 4_096, 32_768, 151_936
+
+
+def load_vopd():
+    """algos/vopd.py as a module."""
+    spec = importlib.util.spec_from_file_location("vopd", ROOT / "algos" / "vopd.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["vopd"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def setting(vopd, v: int, tokens: int, hidden: int, device: str):
+    """step(estimator): one call of distill on two models of vocabulary v, with weights
+    that have their gradients already, as in every step but the first."""
+    shape = dict(hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=1)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4)
+    config = transformers.Qwen3Config(
+        vocab_size=v, tie_word_embeddings=True, initializer_range=0.1, **shape
+    )
+    torch.manual_seed(0)
+    models = [transformers.Qwen3ForCausalLM(config).to(device) for _ in "st"]
+    models[1].requires_grad_(False)
+    for p in models[0].parameters():
+        p.grad = torch.zeros_like(p)
+    rows, length = tokens // 128, 128
+    ids = torch.randint(v, (rows, 4 + length), device=device)
+    mask = torch.ones(rows, length, device=device)
+    rollout = vopd.Rollout(ids, torch.ones_like(ids), mask, mask, mask[:, 0], mask, [])
+    common = dict(micro_batch_size=rows, dtype="float32", device=device)
+    if device == "cuda":
+        common["dtype"], models[1] = "bfloat16", models[1].bfloat16()
+
+    def step(estimator: str) -> float:
+        args = vopd.Args(estimator=estimator, **common)
+        start = time.perf_counter()
+        vopd.distill(*models, rollout, mask, mask.sum(), args)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return step
+
+
+def times(vopd, v: int, flags) -> dict[str, list[float]]:
+    """Seconds of each turn of each estimator."""
+    step, found = setting(vopd, v, flags.tokens, flags.hidden, flags.device), {}
+    step("sampled")
+    for turn in range(flags.repeats):
+        for name in vopd.ESTIMATORS[:: 1 if turn % 2 == 0 else -1]:
+            found.setdefault(name, []).append(step(name))
+    return found
+
+
+def peak(vopd, v: int, estimator: str, flags) -> dict[str, int]:
+    """Bytes before the call and at its peak."""
+    step = setting(vopd, v, flags.tokens, flags.hidden, flags.device)
+    gc.collect()
+    if flags.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(estimator)
+        return {"before": before, "peak": torch.cuda.max_memory_allocated()}
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    step(estimator)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"before": before, "peak": most}
+
+
+def child(job: list, flags) -> dict:
+    """times or peak, in a process of its own."""
+    command = [sys.executable, __file__, "--child", json.dumps(job)]
+    for name in ("tokens", "hidden", "repeats", "device"):
+        command += [f"--{name}", str(getattr(flags, name))]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def table(result: dict) -> str:
+    """The results as a table in Markdown."""
+    lines = [
+        f"{result['hardware']}; {result['tokens']} tokens, hidden size "
+        f"{result['hidden']}, torch {result['torch']}. Ratios are to `sampled`.",
+        "",
+        "| vocabulary | estimator | seconds | ratio | range | memory (GB) | ratio |",
+        "|---:|---|---:|---:|---|---:|---:|",
+    ]
+    for v, rows in result["vocabularies"].items():
+        for name, row in rows.items():
+            low, high = row["time_ratio_range"]
+            lines.append(
+                f"| {int(v):,} | `{name}` | {row['seconds']:.3f} "
+                f"| {row['time_ratio']:.2f} | {low:.2f} - {high:.2f} "
+                f"| {row['memory'] / 2**30:.2f} | {row['memory_ratio']:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=found)
+    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results"))
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    vopd = load_vopd()
+    if flags.child:
+        v, estimator = json.loads(flags.child)
+        out = peak(vopd, v, estimator, flags) if estimator else times(vopd, v, flags)
+        print(json.dumps(out))
+        return
+    gpu = torch.cuda.get_device_name() if flags.device == "cuda" else "no GPU"
+    result = {"hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {gpu}"}
+    result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    result |= {"tokens": flags.tokens, "hidden": flags.hidden, "vocabularies": {}}
+    for v in flags.sizes:
+        seconds = child([v, ""], flags)
+        rows = result["vocabularies"][v] = {}
+        memory = {name: child([v, name], flags) for name in vopd.ESTIMATORS}
+        extra = {name: x["peak"] - x["before"] for name, x in memory.items()}
+        for name in sorted(vopd.ESTIMATORS, key="sampled".__ne__):
+            ratios = [a / b for a, b in zip(seconds[name], seconds["sampled"])]
+            rows[name] = {
+                "seconds": statistics.median(seconds[name]),
+                "time_ratio": statistics.median(ratios),
+                "time_ratio_range": [min(ratios), max(ratios)],
+                "memory": extra[name],
+                "memory_ratio": extra[name] / extra["sampled"],
+                "all_seconds": seconds[name],
+                "bytes": memory[name],
+            }
+        text = table(result)
+        print(text, flush=True)
+    Path(flags.out).mkdir(parents=True, exist_ok=True)
+    Path(flags.out, "estimator_cost.json").write_text(
+        json.dumps(result, indent=1) + "\n"
+    )
+    Path(flags.out, "estimator_cost.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
