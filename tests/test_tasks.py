@@ -296,9 +296,8 @@ def test_box_is_cut_at_the_first_brace(load, tmp_path, capsys):
         assert reward(problem, problem.solution) == 1.0
     assert found == expected  # problem 0 is held out: it is in the test split
     order = [problem.answer for problem in held_out]
-    assert sorted(order) == sorted([*map(str, range(30)), "42"]) and order != sorted(
-        order
-    )
+    in_file = [*map(str, range(30)), "42"]
+    assert sorted(order) == sorted(in_file) and order != in_file
     again = [problem.answer for problem in load("math", MATH_DATASET=folder)[1]]
     assert again == order  # every run is measured on the same first problems
     boxed = inside(reward)["boxed"]
@@ -397,7 +396,8 @@ ORPHAN = """
 import runpy, sys
 plugin = runpy.run_path(sys.argv[1])
 print(plugin["worker"]()[0].pid, flush=True)
-plugin["worker"]()[1].send(["5", "9^{9^{9^9}}"] if sys.argv[2] == "busy" else [])
+if sys.argv[2] == "busy":
+    plugin["worker"]()[1].send(["5", "9^{9^{9^9}}"])
 input()
 """
 
