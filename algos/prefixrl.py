@@ -6,18 +6,22 @@ On a problem that the model never solves, every group of completions is all wron
 RL learns nothing. But some FLOPs were spent once to find one right answer (a trace) to
 it. Let the model answer from somewhere inside that trace, and it is right now and then:
 
-    x            a hard problem: none of --hard-k samples of the base model is right
-    z            its trace: the first right one in at most --trace-cap more samples,
-                 or one that somebody else made (--traces)
-    x_h = x z_<h     a prefixed problem: h tokens of z, --prefix-low |z| <= h <=
-                 --prefix-high |z|, stand at the start of the answer
-    J = E_x,y [ A sum_t log pi(y_t | x, y_<t) ]  +  the same with x_h in place of x
+    x                a hard problem: no sample of --hard-k by the base model is right
+    z                its trace: the first right one of at most --trace-cap more samples,
+                     or one that somebody else made (--traces)
+    x_h = x z_<h     a prefixed problem: h tokens of z stand at the start of the answer,
+                     --prefix-low |z| <= h <= --prefix-high |z|
+    y_i              completions of x or of x_h, a group of each, all drawn from pi
+    A_i              r_i - mean(r) of the group (--advantage-scale std: over std(r))
+    J                1/Z sum_i sum_t w_i A_i log pi(y_i,t | x or x_h, y_i,<t)
 
-Both kinds of problem are learned by the same policy gradient, A = r - mean(r) of the
-group (--advantage-scale std: GRPO's). The prefix is context: nothing of it is in the
-loss, and all that is learned from is sampled from pi itself. What is learned behind the
-prefixes carries over to the problems without (back-generalisation): only those count in
-the evaluation.
+    --normalization token     w_i = 1,        Z = completion tokens
+                    sequence  w_i = 1/|y_i|,  Z = completions
+                    constant  w_i = 1,        Z = completions x max length
+
+The prefix is context: none of its tokens is in y, w or Z. What is learned behind the
+prefixes carries over to the problems without (back-generalisation), and only those
+count in the evaluation.
 
 Compute is counted as the paper does: 2 N FLOPs for a token that N parameters read, 6 N
 for one trained on; prompts and prefixes too, the search for hard problems and traces
@@ -31,7 +35,7 @@ too, evaluation not. --max-flops ends runs at equal cost. Other ways to use the 
 
 Differences. pi_base(z) is what z was sampled with; that it was kept because it is right
 is left out of the weight, which is capped at e^20 only. The paper states no clip and no
-KL; grpo.py's are here by flag, and the clip acts from the second update on a batch on.
+KL: grpo.py's (e_low, e_high, beta) are here, and at one update on a batch no clip acts.
 A learning rate of 1e-6 and 128 prompts a step are the paper's, as far as it is known.
 
     python algos/prefixrl.py
@@ -77,11 +81,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-OWN = (
-    "CURVE",
-    "check",
-    "evaluate",
-)  # names whose text may differ from that in the other scripts
+# names whose text may differ from that in the other scripts
+OWN = ("CURVE", "check", "evaluate")
 CURVE = "eval/(hard_)?pass@.*"  # metrics that curve.png shows
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -90,7 +91,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 @dataclasses.dataclass
 class Args:
     seed: int = 1  # of the data order, the sampling and the built-in model
-    steps: int = 200  # batches in the whole run, those before a --resume included
+    steps: int = 400  # batches in the whole run, those before a --resume included
     run_dir: str = ""  # folder of the run (default: runs/prefixrl/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue, under its own flags
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
@@ -112,7 +113,7 @@ class Args:
     sft_learning_rate: float | None = None  # of that (default: --learning-rate)
     off_policy: bool = False  # traces join their plain groups, importance-weighted
     max_flops: float = 0.0  # end the run once this much is spent (0: after --steps)
-    prompts_per_step: int = 64  # prompts in a batch, over all ranks
+    prompts_per_step: int = 32  # prompts in a batch, over all ranks
     group_size: int = 8  # completions of each prompt (G)
     max_new_tokens: int = 32  # length at which a completion is cut off
     temperature: float = 1.0  # of sampling, and inside every log-prob
@@ -125,16 +126,14 @@ class Args:
     updates_per_batch: int = 1  # optimiser steps on each batch
     clip_low: float = 0.2  # e_low: ratios are clipped at 1 - e_low
     clip_high: float = 0.28  # e_high: ratios are clipped at 1 + e_high
-    advantage_scale: Literal["std", "none"] = (
-        "none"  # divide by the group's std, or not
-    )
+    advantage_scale: Literal["std", "none"] = "none"  # divide by the group's std?
     normalization: Literal["token", "sequence", "constant"] = "token"  # w and Z above
     kl_coef: float = 0.0  # beta: weight of the KL to the initial model
     mask_truncated: bool = False  # leave cut-off completions out of the loss
-    eval_every: int = 50  # steps between evaluations
-    eval_prompts: int = 256  # held-out problems in an evaluation
+    eval_every: int = 100  # steps between evaluations
+    eval_prompts: int = 128  # problems of a kind in an evaluation
     eval_samples: int = 8  # completions of each of them
-    save_every: int = 50  # steps between checkpoints
+    save_every: int = 100  # steps between checkpoints
     track: bool = False  # mirror the metrics to Weights & Biases
     wandb_project: str = "onefile-rl"  # project there
 
@@ -574,9 +573,12 @@ def search_folder(model, problems: list[Problem], reward: Callable, args: Args) 
     digest = hashlib.sha256()
     for name, weights in model.state_dict().items():
         digest.update(name.encode() + weights.cpu().contiguous().numpy().tobytes())
-    parts = decode, generate, uniforms, attempts, encode_prompts, reward, score
+    parts = [decode, generate, uniforms, attempts, encode_prompts, score]
+    plugin = args.task.endswith(".py") and not args.data
+    parts += [] if plugin else [reward]
     names = "seed hard_k temperature max_new_tokens rollout_batch_size dtype device"
-    defined = [[inspect.getsource(part) for part in parts], problems, args.task]
+    defined = [[inspect.getsource(part) for part in parts], problems]
+    defined += [Path(args.task).read_text() if plugin else args.task]
     defined += [[getattr(args, name) for name in (*names.split(), "prompts_per_step")]]
     defined += [torch.__version__, transformers.__version__, torch.get_num_threads()]
     digest.update(json.dumps(defined, default=str).encode())
@@ -634,9 +636,8 @@ def search(model, tokenizer, prompts, problems, reward, args) -> tuple:
     done, cap = 0, args.trace_cap if needs_traces(args) and not args.traces else 0
     while done < cap and len(traces) < len(hard):
         samples = min(args.hard_k, cap - done)
-        for i, (_, first, read) in try_all(
-            [i for i in hard if i not in traces], samples
-        ):
+        left = [i for i in hard if i not in traces]
+        for i, (_, first, read) in try_all(left, samples):
             tokens[1] += read
             if first:
                 traces[i] = Trace(*first[1:])
@@ -671,9 +672,8 @@ def read_traces(
             if ids is None:
                 ids = tokenizer(item["text"], add_special_tokens=False)["input_ids"]
                 ids.append(tokenizer.eos_token_id)
-            if not ids or not all(
-                type(x) is int and 0 <= x < len(tokenizer) for x in ids
-            ):
+            known = range(len(tokenizer))
+            if not ids or not all(type(x) is int and x in known for x in ids):
                 raise ValueError("its ids are no ids of this tokenizer")
             if len(prompts[i]) + len(ids) > longest:
                 raise ValueError("it does not fit into the context")
@@ -965,9 +965,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(
-    model, tokenizer, prompts, prefixes, problems, reward, args
-) -> dict[str, float]:
+def evaluate(model, tokenizer, prompts, prefixes, problems, reward, args) -> dict:
     """pass@1, pass@n (right: a reward of 1 or more) and mean reward of n = eval_samples
     completions of each problem behind its prefix ([]: plain), shared by the ranks;
     always the same noise."""
@@ -1214,10 +1212,11 @@ def find_traces(model, tokenizer, prompts, problems, reward, given, longest, arg
     none = sum(record["ids"] is None for record in records)
     if len(hard) < WORLD_SIZE:
         fail(
-            f"{len(hard)} of {len(problems)} candidates are hard: give more, or harder"
+            f"{len(hard)} of {len(problems)} candidates are hard: give others, or more"
         )
     if none == len(hard) and needs_traces(args):
         fail(f"no trace of {none} hard problems: raise --trace-cap, or give --traces")
+    spent |= {"traces_of_easy_problems": len(traces.keys() - hard)} if given else {}
     return records, spent | {"without_trace": none}
 
 
@@ -1235,19 +1234,11 @@ def train(args: Args) -> None:
     """Find hard problems and traces; cut prefixes; RL on both kinds of problem."""
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
-    tiny = args.model == "tiny"
-    name = (
-        tiny_model(easy_problems(problems, args), args.seed, steps=1000)
-        if tiny
-        else args.model
-    )
-    problems, run_dir = problems[: args.candidates], Path(args.run_dir)
-    last, log, step, pass_1 = (
-        run_dir / "checkpoint",
-        run_dir / "metrics.jsonl",
-        0,
-        math.nan,
-    )
+    name, step, run_dir = args.model, 0, Path(args.run_dir)
+    if args.model == "tiny":
+        name = tiny_model(easy_problems(problems, args), args.seed, steps=1000)
+    problems = problems[: args.candidates]
+    last, log = run_dir / "checkpoint", run_dir / "metrics.jsonl"
     begun = bool(args.resume and log.exists() and b"\n" in log.read_bytes())
     model, tokenizer = load_model(str(last) if begun else name, args)
     reference = load_model(name, args)[0] if args.kl_coef else None

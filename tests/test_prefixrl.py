@@ -632,6 +632,13 @@ def test_baseline_uses_what_it_must_not(cli, script, tmp_path, monkeypatch, arm)
     imitation = math.ceil(len(ids) / 4) if arm == "sft" else 0
     assert len(seen) == 3 + imitation
     assert ("sft/hard_pass@1" in first) == (arm == "sft")
+    if arm == "prefixed only":  # the context ends with the prefix, the mask is behind
+        for (_, rollout), batch in zip(seen, batches):
+            width = rollout.completion_mask.shape[1]
+            assert width <= 4
+            for row, before in enumerate(rollout.tokens[:, :-width].tolist()):
+                z = batch[row // 4][1]
+                assert before[-len(z) :] == z
     if arm == "off-policy":
         for (_, rollout), batch in zip(seen, batches):
             for g, (i, _) in enumerate(batch):
