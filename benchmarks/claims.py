@@ -94,6 +94,7 @@ ARMS: dict[str, dict[str, str]] = {  # name: flags; the first arm fills the cach
         "grpo": "--dm-coef 0",
         "dm-only": "--dm-only",
         "forward-kl": "--dm-divergence forward-kl",
+        "weak-forward-kl": "--dm-divergence forward-kl --dm-coef 0.08",
     },
     "prefixrl": {
         "default": "",
