@@ -7,8 +7,8 @@ RL learns nothing. But some FLOPs were spent once to find one right answer (a tr
 it. Let the model answer from somewhere inside that trace, and it is right now and then:
 
     x                a hard problem: no sample of --hard-k by the base model is right
-    z                its trace: the first right one of at most --trace-cap more samples,
-                     or one that somebody else made (--traces)
+    z                its trace: the first right one of at most --trace-cap more samples
+                     by the base model or by --trace-model, or one given by --traces
     x_h = x z_<h     a prefixed problem: h tokens of z stand at the start of the answer,
                      --prefix-low |z| <= h <= --prefix-high |z|
     y_i              completions of x or of x_h, a group of each, all drawn from pi
@@ -30,10 +30,10 @@ too, evaluation not. --max-flops ends runs at equal cost. Other ways to use the 
     --prefixes-per-problem 0                   plain RL on the hard problems
     --prefixes-per-problem 0 --sft-epochs 10   imitate the traces, then plain RL
     --prefixes-per-problem 0 --off-policy      plain RL; z takes the last place of each
-                                               group, A weighted by pi(z) / pi_base(z)
+                                               group, A weighted by pi(z) / mu(z)
     --plain-share 0                            prefixed problems only
 
-Differences. pi_base(z) is what z was sampled with; that it was kept because it is right
+Differences. mu(z) is what z was sampled with; that it was kept because it is right
 is left out of the weight, which is capped at e^20 only. The paper states no clip and no
 KL: grpo.py's (e_low, e_high, beta) are here, and at one update on a batch no clip acts.
 A learning rate of 1e-6 and 128 prompts a step are the paper's, as far as it is known.
@@ -103,6 +103,7 @@ class Args:
     candidates: int = 96  # problems among which the hard ones are looked for
     hard_k: int = 64  # samples that must all be wrong for a problem to be hard
     trace_cap: int = 2000  # more samples of a hard problem at most, to find a trace
+    trace_model: str = ""  # samples the traces (default: the base model itself)
     traces: str = ""  # JSONL of {"prompt": ..., "ids" or "text": ...} instead
     strict_traces: bool = False  # stop at a bad line of --traces, do not skip it
     prefixes_per_problem: int = 3  # cut from each trace; 0: plain RL
@@ -568,10 +569,10 @@ def cached(path: Path, make: Callable, args: Args) -> object:
     return result
 
 
-def search_folder(model, problems: list[Problem], reward: Callable, args: Args) -> Path:
+def search_folder(models: tuple, problems, reward: Callable, args: Args) -> Path:
     """Folder for what phase 1 finds, named by a hash of all that decides it."""
     digest = hashlib.sha256()
-    for name, weights in model.state_dict().items():
+    for name, weights in [x for model in models for x in model.state_dict().items()]:
         digest.update(name.encode() + weights.cpu().contiguous().numpy().tobytes())
     parts = [decode, generate, uniforms, attempts, encode_prompts, score]
     plugin = args.task.endswith(".py") and not args.data
@@ -586,7 +587,7 @@ def search_folder(model, problems: list[Problem], reward: Callable, args: Args) 
 
 
 def attempts(model, tokenizer, prompts, problems, reward, samples, number, args):
-    """`samples` completions of each problem by the base model with the noise of chunk
+    """`samples` completions of each problem by a model with the noise of chunk
     `number`: for each how many were right, the first of these (place, ids, log-prob) or
     None, and its tokens read."""
     mine = slice(RANK, None, WORLD_SIZE)
@@ -614,13 +615,14 @@ def attempts(model, tokenizer, prompts, problems, reward, samples, number, args)
     return found
 
 
-def search(model, tokenizer, prompts, problems, reward, args) -> tuple:
-    """Phase 1: indices of the hard problems, traces {index: Trace} of them by rejection
-    sampling (if they are needed), and what was spent. What was tried is kept chunk by
-    chunk, so that a killed search goes on where it was."""
-    folder, number = search_folder(model, problems, reward, args), itertools.count()
+def search(model, sampler, tokenizer, prompts, problems, reward, args) -> tuple:
+    """Phase 1: indices of what is hard for the model, traces {index: Trace} of it by
+    rejection sampling from `sampler` (if they are needed), and what was spent. What was
+    tried is kept chunk by chunk, so that a killed search goes on where it was."""
+    folder = search_folder((model, sampler), problems, reward, args)
+    number = itertools.count()
 
-    def try_all(which: list[int], samples: int) -> Iterator[tuple]:
+    def try_all(model, which: list[int], samples: int) -> Iterator[tuple]:
         size = args.prompts_per_step
         chunks = [which[i : i + size] for i in range(0, len(which), size)]
         for chunk in tqdm(chunks, "search", leave=False, disable=RANK > 0):
@@ -630,14 +632,14 @@ def search(model, tokenizer, prompts, problems, reward, args) -> tuple:
             yield from zip(chunk, cached(folder / f"{n}-{samples}.json", make, args))
 
     hard, traces, tries, tokens = [], {}, [], [0, 0]
-    for i, (right, _, read) in try_all([*range(len(problems))], args.hard_k):
+    for i, (right, _, read) in try_all(model, [*range(len(problems))], args.hard_k):
         tokens[0] += read
         hard += [i] if right == 0 else []
     done, cap = 0, args.trace_cap if needs_traces(args) and not args.traces else 0
     while done < cap and len(traces) < len(hard):
         samples = min(args.hard_k, cap - done)
         left = [i for i in hard if i not in traces]
-        for i, (_, first, read) in try_all(left, samples):
+        for i, (_, first, read) in try_all(sampler, left, samples):
             tokens[1] += read
             if first:
                 traces[i] = Trace(*first[1:])
@@ -645,9 +647,9 @@ def search(model, tokenizer, prompts, problems, reward, args) -> tuple:
         done += samples
     spent = {"hard_problems": len(hard), "hard_share": len(hard) / len(problems)}
     spent |= {"tries_mean": float(np.mean(tries))} if tries else {}
-    n = sum(p.numel() for p in model.parameters())
-    spent |= {"flops_hard_search": flops(n, tokens[0])}
-    return hard, traces, spent | {"flops_traces": flops(n, tokens[1])}
+    sizes = [sum(p.numel() for p in x.parameters()) for x in (model, sampler)]
+    spent |= {"flops_hard_search": flops(sizes[0], tokens[0])}
+    return hard, traces, spent | {"flops_traces": flops(sizes[1], tokens[1])}
 
 
 def read_traces(
@@ -806,7 +808,7 @@ def imitate(model, prompts, traces: dict[int, Trace], args: Args) -> int:
 def put_traces(model, tokenizer, rollout, batch, prompts, traces, args) -> tuple:
     """--off-policy: in each group whose problem has a trace z, it takes the place of
     the last completion. Returns the new rollout, weights (B,) for its advantages (pi(z)
-    / pi_base(z) of whole traces, at most e^20; 1 elsewhere), and the tokens read on
+    / mu(z) of whole traces, at most e^20; 1 elsewhere), and the tokens read on
     balance: z is scored once; what it replaces counts as not drawn."""
     group_size, rows, texts = args.group_size, [], list(rollout.texts)
     width, lengths = rollout.completion_mask.shape[1], rollout.completion_mask.sum(-1)
@@ -1134,6 +1136,7 @@ def check(args: Args) -> None:
         (args.prefix_high > 1, "--prefix-high is a share of the trace: at most 1"),
         (args.plain_share > 1, "--plain-share is a share of the batch: at most 1"),
         (args.strict_traces and not args.traces, "--strict-traces needs --traces"),
+        (args.traces and args.trace_model, "--traces or --trace-model, not both"),
         (
             args.off_policy and args.plain_share * args.prefixes_per_problem,
             "--off-policy is plain RL: it needs --prefixes-per-problem 0",
@@ -1196,11 +1199,11 @@ def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, floa
     return metrics | {"peak_memory_gb": peak / 2**30}
 
 
-def find_traces(model, tokenizer, prompts, problems, reward, given, longest, args):
+def find_traces(model, sampler, tokenizer, posed, given, longest: int, args) -> tuple:
     """Phase 1: a record of each hard problem, as traces.jsonl of the run has it, and
-    what was spent. given: the traces of --traces, or None."""
-    posed = prompts, problems, reward
-    hard, traces, spent = search(model, tokenizer, *posed, args)
+    what was spent. posed: (prompts, problems, reward); given: those of --traces."""
+    prompts, problems, _ = posed
+    hard, traces, spent = search(model, sampler, tokenizer, *posed, args)
     traces, records = traces if given is None else given, []
     for i in hard:
         ids, logprob = traces.get(i, (None, None))
@@ -1234,9 +1237,11 @@ def train(args: Args) -> None:
     """Find hard problems and traces; cut prefixes; RL on both kinds of problem."""
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
-    name, step, run_dir = args.model, 0, Path(args.run_dir)
-    if args.model == "tiny":
+    name, other, run_dir, step = args.model, args.trace_model, Path(args.run_dir), 0
+    if name == "tiny":
         name = tiny_model(easy_problems(problems, args), args.seed, steps=1000)
+    if other == "tiny" and needs_traces(args):  # knows problems of this very size
+        other = tiny_model(problems[args.candidates :], args.seed, steps=1000)
     problems = problems[: args.candidates]
     last, log = run_dir / "checkpoint", run_dir / "metrics.jsonl"
     begun = bool(args.resume and log.exists() and b"\n" in log.read_bytes())
@@ -1247,6 +1252,13 @@ def train(args: Args) -> None:
     tests = encode_prompts(tokenizer, held_out, longest), held_out
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     posed, given = (prompts, problems, reward), None
+    sampler = model
+    if other and needs_traces(args) and not begun:
+        sampler, vocabulary = load_model(other, args)
+        if vocabulary.get_vocab() != tokenizer.get_vocab():
+            fail(
+                f"--trace-model {other} has another vocabulary: use --traces with texts"
+            )
     if args.traces and not begun:
         given = read_traces(args.traces, tokenizer, *posed, longest, args)
     if begun:
@@ -1258,7 +1270,8 @@ def train(args: Args) -> None:
     if not begun:
         if RANK == 0:  # from here on --resume works, whatever the phase
             save_checkpoint(run_dir, 0, model, tokenizer, optimizer)
-        found, spent = find_traces(model, tokenizer, *posed, given, longest, args)
+        how = posed, given, longest, args
+        found, spent = find_traces(model, sampler, tokenizer, *how)
         if RANK == 0:
             lines = "".join(f"{json.dumps(record)}\n" for record in found)
             (run_dir / "traces.jsonl").write_text(lines)

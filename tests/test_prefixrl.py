@@ -421,6 +421,38 @@ def test_hard_problem_is_not_hard_or_trace_is_wrong(cli, script, tmp_path):
         assert abs(exact - r["logprob"]) < 1e-3
 
 
+def test_trace_model_is_not_the_sampler_or_is_free(cli, tmp_path):
+    """Traces of another policy have that policy's log-probs and cost its parameters,
+    while the base model still decides what is hard; ids of another vocabulary mean
+    something else."""
+    tokenizer = char_tokenizer()
+    changes = dict(hidden_size=16, intermediate_size=32)
+    other = small_qwen3(len(tokenizer), seed=5, **changes)
+    folder = save_model(tmp_path / "other", other, tokenizer)
+    assert cli(steps=1, trace_model=folder, run_dir="run").code == 0
+    assert cli(steps=1, run_dir="own").code == 0
+    first, found = metrics_of(tmp_path / "run")[0], records(tmp_path / "run")
+    own = records(tmp_path / "own")
+    assert [r["problem"] for r in found] == [r["problem"] for r in own]
+    traces, double = [r for r in found if r["ids"]], other.double()
+    assert traces
+    for r in traces:
+        prompt = tokenizer(r["prompt"])["input_ids"]
+        logits = double(torch.tensor([prompt + r["ids"]])).logits[0].log_softmax(-1)
+        places = range(len(prompt) - 1, len(prompt) + len(r["ids"]) - 1)
+        exact = sum(logits[t, x].item() for t, x in zip(places, r["ids"]))
+        assert abs(exact - r["logprob"]) < 1e-3
+    n = sum(p.numel() for p in other.parameters())
+    assert first["flops_traces"] % (2 * n) == 0 and first["flops_traces"]
+    alien = char_tokenizer(eos_token="<eos>", pad_token="<pad>")  # 0 and 1 swapped
+    folder = save_model(tmp_path / "alien", other.float(), alien)
+    result = cli(trace_model=folder, run_dir="alien-run")
+    assert result.code == 2 and "vocabulary" in result.errors[0]
+    assert not (tmp_path / "alien-run").exists()
+    result = cli(trace_model=folder, traces="given.jsonl", run_dir="alien-run")
+    assert result.code == 2 and "not both" in result.errors[0]
+
+
 BAD = {
     "broken": ("{", "Expecting"),
     "no object": ("3", ""),
@@ -605,7 +637,7 @@ def test_baseline_uses_what_it_must_not(cli, script, tmp_path, monkeypatch, arm)
     real, drawn = script.update, script.draw_batch
 
     def spy(model, reference, optimizer, rollout, advantages, args):
-        seen.append((args, rollout))
+        seen.append((advantages, rollout))
         return real(model, reference, optimizer, rollout, advantages, args)
 
     def spy_batch(*args):
@@ -629,7 +661,7 @@ def test_baseline_uses_what_it_must_not(cli, script, tmp_path, monkeypatch, arm)
     assert any(prefixed) == (arm == "prefixed only") and all(prefixed) == any(prefixed)
     assert bool(ids) == (arm != "plain") == (first["flops_traces"] > 0)
     assert ("eval/from_40%" in first) == (arm != "plain")
-    imitation = math.ceil(len(ids) / 4) if arm == "sft" else 0
+    imitation, ratios = math.ceil(len(ids) / 4) if arm == "sft" else 0, []
     assert len(seen) == 3 + imitation
     assert ("sft/hard_pass@1" in first) == (arm == "sft")
     if arm == "prefixed only":  # the context ends with the prefix, the mask is behind
@@ -645,6 +677,16 @@ def test_baseline_uses_what_it_must_not(cli, script, tmp_path, monkeypatch, arm)
                 row = rollout.tokens[4 * g + 3, -rollout.completion_mask.shape[1] :]
                 z = row[rollout.completion_mask[4 * g + 3].bool()].tolist()
                 assert i not in ids or z == ids[i]
+        for advantages, rollout in seen:
+            weights = torch.ones(16)
+            for g, (i, _) in enumerate(batches[len(ratios)]):
+                if i in ids:
+                    now = rollout.logprobs[4 * g + 3].sum()
+                    weights[4 * g + 3] = (now - found[i]["logprob"]).exp()
+            A = script.group_advantages(rollout.rewards, 4, "none")
+            torch.testing.assert_close(advantages, A * weights, rtol=1e-4, atol=1e-6)
+            ratios.append((weights - 1).abs().max())
+        assert ratios[0] < 1e-3 < ratios[-1]  # the policy moves away from the base
 
 
 # ------------------------------------- Resume -----------------------------------------
@@ -707,7 +749,10 @@ def test_cache_of_another_search_is_used(cli, script, tmp_path, model):
     problems = [script.Problem("1+1=", "2")]
     base = cpu_args(script)
     key = lambda **kw: script.search_folder(
-        kw.pop("net", network), kw.pop("p", problems), kw.pop("r", len), base_with(kw)
+        (network, kw.pop("net", network)),
+        kw.pop("p", problems),
+        kw.pop("r", len),
+        base_with(kw),
     )
     base_with = lambda kw: script.dataclasses.replace(base, **kw)
     reward_a = lambda problem, text: 1.0
