@@ -1138,7 +1138,7 @@ def check(args: Args) -> None:
         (args.strict_traces and not args.traces, "--strict-traces needs --traces"),
         (args.traces and args.trace_model, "--traces or --trace-model, not both"),
         (
-            args.off_policy and args.plain_share * args.prefixes_per_problem,
+            args.off_policy and args.prefixes_per_problem > 0,
             "--off-policy is plain RL: it needs --prefixes-per-problem 0",
         ),
         (args.prompts_per_step % WORLD_SIZE, "ranks must divide --prompts-per-step"),

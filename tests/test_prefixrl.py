@@ -852,7 +852,11 @@ def test_flag_that_cannot_be_is_accepted(cli, tmp_path, flags, word):
 def test_flags_that_contradict_each_other(cli, tmp_path):
     """--strict-traces without --traces has no effect, --off-policy beside prefixes is
     two methods at once, traces without log-probs have no weight."""
-    for flags in (["--strict-traces"], ["--off-policy"]):
+    for flags in (
+        ["--strict-traces"],
+        ["--off-policy"],
+        ["--off-policy", "--plain-share", "0"],
+    ):
         result = cli(*flags)
         assert result.code == 2 and flags[0] in result.errors[0]
     (tmp_path / "given.jsonl").write_text('{"prompt": "train 0:", "text": "abcd"}\n')
