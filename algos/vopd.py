@@ -545,70 +545,47 @@ def token_logprobs(
 # --------------------------------- THE ALGORITHM --------------------------------------
 
 
-def top_ids(logits: torch.Tensor, k: int, block: int = 64) -> torch.Tensor:
-    """Ids (..., k) of the k largest logits. Exact, and faster than sorting all of them:
-    the k blocks with the largest maxima hold them. What is left over is no block."""
-    blocks = logits[..., : logits.shape[-1] // block * block].unflatten(-1, (-1, block))
-    if blocks.shape[-2] <= k:
-        return logits.topk(k).indices
-    ids = blocks.amax(-1).topk(k).indices[..., None] * block
-    ids = (ids + torch.arange(block, device=ids.device)).flatten(-2)
-    rest = torch.arange(blocks.shape[-2] * block, logits.shape[-1], device=ids.device)
-    ids = torch.cat([ids, rest.expand(*ids.shape[:-1], -1)], -1)
-    return ids.gather(-1, logits.gather(-1, ids).topk(k).indices)
+def logprob(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-softmax of logits (..., V) at the tokens (...): a gather and a logsumexp."""
+    return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
 
 
-def reverse_kl(student_logits, teacher_logits) -> torch.Tensor:
-    """KL(p || q) (...) in nats of logits (..., V), with gradient."""
+def reverse_kl(student_logits, teacher_logits, top_k: int = 0) -> torch.Tensor:
+    """KL(p || q) (...) in nats of logits (..., V); with top_k that of the student's k
+    likeliest tokens, both distributions renormalised there."""
+    if top_k:
+        k = min(top_k, student_logits.shape[-1])
+        ids = student_logits.detach().topk(k).indices
+        student_logits = student_logits.gather(-1, ids)
+        teacher_logits = teacher_logits.gather(-1, ids)
     log_p, log_q = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def at(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Of x (..., V) what stands at the tokens (...)."""
-    return x.gather(-1, tokens[..., None])[..., 0]
-
-
-def expectation(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Sum of p x (..., V) over the vocabulary, (...), without a tensor for p x."""
-    return torch.einsum("...v,...v->...", p, x)
-
-
+@torch.no_grad()
 def distill_advantages(
-    student_logits, teacher_logits, tokens, estimator, top_k=100, clip_lambda=0.1, p=0
+    student_logits, teacher_logits, tokens, estimator, top_k=100, clip_lambda=0.1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """a and the reverse KL as the estimator sees it, both (B, C) in nats and detached;
-    but full and topk have a = 0, and their KL, which is their loss, has its gradient
-    (the six of the paper's official code).
+    """Advantages a (B, C) and the reverse KL as the estimator sees it (B, C), in nats,
+    both detached (the six of the paper's official code).
 
     student_logits, teacher_logits (B, C, V), divided by their temperatures; tokens
-    (B, C), drawn from the student; p (B, C, V): the student's softmax, if known.
-    ValueError: there is no such estimator.
+    (B, C), drawn from the student. ValueError: there is no such estimator.
     """
-    s, t = student_logits.detach(), teacher_logits.detach()
-    if estimator == "full":  # exact: nothing is left to the action
-        kl = reverse_kl(student_logits, t)
-        return torch.zeros_like(kl.detach()), kl
-    if "topk" in estimator:
-        ids = top_ids(s, min(top_k, s.shape[-1]))
-        source = student_logits if estimator == "topk" else s
-        kl = reverse_kl(source.gather(-1, ids), t.gather(-1, ids))
-    if estimator == "topk":  # biased: mass moves inside the k, never in or out
-        return torch.zeros_like(kl.detach()), kl
-    p = p if torch.is_tensor(p) else s.softmax(-1)
-    log_p = at(p, tokens).clamp(min=torch.finfo(p.dtype).tiny).log()
-    log_q = at(t.log_softmax(-1), tokens)
-    r = log_q - log_p
-    if estimator == "sampled":  # unbiased, noisy: E[r grad log p] = -grad KL(p || q)
+    r = logprob(teacher_logits, tokens) - logprob(student_logits, tokens)
+    if estimator == "sampled":  # unbiased: E[r grad log p] = -grad KL(p || q); noisy
         return r, -r
-    if estimator == "clip":  # biased: tokens that the teacher rejects count too little
+    if estimator == "clip":  # biased: what the teacher rejects counts too little
         return r.clamp(min=math.log(clip_lambda) / (1 - clip_lambda)), -r
-    if estimator == "vopd":  # unbiased: E[KL grad log p] = KL grad sum(p) = 0
-        kl = expectation(p, s) - expectation(p, t)  # E[s - t], less
-        kl = kl - (at(s, tokens) - log_p) + (at(t, tokens) - log_q)  # both logsumexp
+    kl = reverse_kl(student_logits, teacher_logits, top_k * ("topk" in estimator))
+    if estimator == "vopd":  # a = r - V; unbiased: E[KL grad log p] = KL grad 1 = 0
         return r + kl, kl
-    if estimator == "vopd-topk":  # unbiased: y has no part in this KL either
+    if estimator == "vopd-topk":  # unbiased too: y has no part in this KL either
         return r + kl, kl
+    if estimator == "full":  # no action, no noise: distill_loss differentiates the KL
+        return torch.zeros_like(r), kl
+    if estimator == "topk":  # biased: mass moves inside the k, never in or out
+        return torch.zeros_like(r), kl
     raise ValueError(f"no estimator {estimator!r}")
 
 
@@ -616,66 +593,62 @@ def distill_loss(
     student_logits, teacher_logits, tokens, mask, estimator, top_k=100, denominator=1,
     clip_lambda=0.1,
 ) -> tuple[torch.Tensor, dict]:  # fmt: skip
-    """The loss of the docstring above, a scalar; for full and topk the mean KL.
+    """-1/Z sum of a log p, a scalar; for full and topk 1/Z sum of their KL itself.
 
     Shapes as above; mask (B, C): 1 where a token counts; denominator: Z. Losses and
-    stats (tokens; reverse_kl: its sum) of chunks add up to those of the batch. All that
-    is kept for the backward pass is p, which vopd needs anyway: with p held fixed,
-    grad log p(y) = grad (s_y - sum_v p_v s_v), s: the student's logits.
+    stats (sums: tokens, reverse_kl) of chunks add up to those of the batch; the stat
+    logprobs (B, C) is log p, detached.
     """
-    exact = estimator in ("full", "topk")
-    p = 0 if exact else student_logits.detach().softmax(-1)
-    batch = student_logits, teacher_logits, tokens, estimator, top_k, clip_lambda
-    A, kl = distill_advantages(*batch, p)
-    losses = kl
-    if not exact:
-        score = at(student_logits, tokens) - expectation(p, student_logits)
-        log_p = at(p, tokens).clamp(min=torch.finfo(p.dtype).tiny).log()
-        losses = -A * (log_p + score - score.detach())
+    batch = student_logits, teacher_logits.detach()
+    log_p = logprob(student_logits, tokens)
+    A, kl = distill_advantages(*batch, tokens, estimator, top_k, clip_lambda)
+    losses = -A * log_p
+    if estimator in ("full", "topk"):
+        losses = reverse_kl(*batch, top_k * (estimator == "topk"))
     loss = (losses * mask).sum() / max(denominator, 1)
-    return loss, {"tokens": mask.sum(), "reverse_kl": (kl.detach() * mask).sum()}
+    stats = {"tokens": mask.sum(), "reverse_kl": (kl * mask).sum()}
+    return loss, stats | {"logprobs": log_p.detach()}
 
 
-def distill(model, teacher, rollout, mask, z, args, logits=2**26) -> torch.Tensor:
-    """Sums (3,) over the tokens that mask (B, C) has: loss, reverse KL, tokens. Where
+def distill(model, teacher, rollout, mask, z, args, logits=2**26) -> tuple:
+    """Sums (4,) over the tokens that mask (B, C) has: loss, reverse KL, tokens and
+    |delta log p|, scored against sampled log-probs; and the largest of these. Where
     gradients are on they are added to the weights'.
 
     Of neither model a (B, C, V) tensor exists: a chunk of `logits` / V tokens is done,
     backward pass included, before the next one is made.
     """
-    totals, width = torch.zeros(3, device=mask.device), mask.shape[1]
+    totals, width = torch.zeros(4, device=mask.device), mask.shape[1]
+    worst = torch.zeros((), device=mask.device)
     head, teacher_head = (x.get_output_embeddings() for x in (model, teacher))
     n = logits // head.weight.shape[0] + 1
-
-    def chunk_sums(hidden, teacher_hidden, tokens, mask):
-        with autocast(args):
-            s, t = head(hidden[None]), teacher_head(teacher_hidden[None])
-        s, t = s.float() / args.temperature, t.float() / args.teacher_temperature
-        batch = s, t, tokens[None], mask[None]
-        loss, stats = distill_loss(
-            *batch, args.estimator, args.top_k, z, args.clip_lambda
-        )
-        if loss.requires_grad:
-            loss.backward()
-        return torch.stack([loss.detach(), stats["reverse_kl"], stats["tokens"]])
-
     live = mask.any(-1).nonzero()[:, 0]
     live = live[mask[live].sum(-1).argsort(stable=True)]  # like lengths side by side
     for rows in live.split(args.micro_batch_size) if len(live) else ():
-        tokens, weights = rollout.tokens[rows], mask[rows]
+        tokens = rollout.tokens[rows]
         batch = tokens, rollout.attention_mask[rows], width
         with autocast(args):
             hidden, scored = last_hidden(model, *batch)
             with torch.no_grad():
                 teacher_hidden, _ = last_hidden(teacher, *batch)
-        grad = hidden.requires_grad
-        chunks = [h.detach().requires_grad_(grad) for h in hidden.split(n)]
-        rest = teacher_hidden, tokens[:, -width:][scored], weights[scored]
-        for chunk in zip(chunks, *(x.split(n) for x in rest)):
-            totals += chunk_sums(*chunk)
-        if grad:
-            hidden.backward(torch.cat([h.grad for h in chunks]))
-    return totals
+        leaf = hidden.detach().requires_grad_(hidden.requires_grad)
+        parts = tokens[:, -width:][scored], mask[rows][scored]
+        parts = leaf, teacher_hidden, *parts, rollout.logprobs[rows][scored]
+        for h, teacher_h, y, m, old in zip(*(x.split(n) for x in parts)):
+            with autocast(args):
+                student_logits, teacher_logits = head(h), teacher_head(teacher_h)
+            student_logits = student_logits.float() / args.temperature
+            teacher_logits = teacher_logits.float() / args.teacher_temperature
+            batch = student_logits, teacher_logits, y, m, args.estimator, args.top_k
+            loss, stats = distill_loss(*batch, z, args.clip_lambda)
+            if loss.requires_grad:
+                loss.backward()
+            gaps = (stats["logprobs"] - old).abs() * m
+            sums = loss.detach(), stats["reverse_kl"], stats["tokens"], gaps.sum()
+            totals, worst = totals + torch.stack(sums), worst.maximum(gaps.max())
+        if hidden.requires_grad:
+            hidden.backward(leaf.grad)
+    return totals, worst
 
 
 def update(model, teacher, optimizer, rollout, args) -> dict[str, float]:
@@ -685,11 +658,13 @@ def update(model, teacher, optimizer, rollout, args) -> dict[str, float]:
     mask = rollout.completion_mask
     if args.mask_truncated:
         mask = mask * ~rollout.truncated[:, None]
-    totals = distill(model, teacher, rollout, mask, all_reduce(mask.sum()), args)
+    sums, worst = distill(model, teacher, rollout, mask, all_reduce(mask.sum()), args)
     norm, change = optimizer_step(model, optimizer, args.max_grad_norm)
-    loss, kl, tokens = all_reduce(totals).tolist()
-    stats = {"loss": loss, "reverse_kl": kl / max(tokens, 1.0)}
-    return stats | {"grad_norm": norm, "relative_update": change}
+    loss, kl, tokens, gap = all_reduce(sums).tolist()
+    tokens, worst = max(tokens, 1.0), all_reduce(worst, "MAX").item()
+    stats = {"loss": loss, "reverse_kl": kl / tokens, "grad_norm": norm}
+    stats |= {"relative_update": change, "delta_logp_mean": gap / tokens}
+    return stats | {"delta_logp_max": worst}
 
 
 def optimizer_step(model, optimizer, max_grad_norm: float) -> tuple[float, float]:
@@ -725,8 +700,8 @@ def evaluate(
     rollout = generate(model, tokenizer, prompts[mine], noise, args)
     exact = dataclasses.replace(args, estimator="full")
     with torch.no_grad():
-        sums = distill(model, teacher, rollout, rollout.completion_mask, 1, exact)
-    _, kl, tokens = all_reduce(sums).tolist()
+        sums, _ = distill(model, teacher, rollout, rollout.completion_mask, 1, exact)
+    _, kl, tokens, _ = all_reduce(sums).tolist()
     metrics = {"eval/reverse_kl": kl / tokens}
     if reward:
         posed = [problem for problem in problems[mine] for _ in range(n)]

@@ -24,6 +24,7 @@ from conftest import (
     cpu_args,
     load_script,
     metrics_of,
+    plain_logprobs,
     random_rollout,
     save_model,
     small_gpt2,
@@ -159,16 +160,15 @@ def test_advantages_differ_from_the_formula(vopd):
 
 def test_gradient_flows_through_the_advantage(vopd):
     """A student's log-prob that is not detached inside a adds log p grad log p to the
-    gradient: entropy instead of distillation. Neither a nor the KL of an estimator that
-    uses one has a gradient, and the teacher's logits never get any.
+    gradient: entropy instead of distillation. Neither a nor the KL beside it has a
+    gradient, and the teacher's logits never get any.
     https://github.com/meta-pytorch/torchforge/pull/527"""
     s, t = torch.randn(2, 2, 3, 200)
     s, t = s.requires_grad_(), t.requires_grad_()
     tokens, mask = torch.randint(200, (2, 3)), torch.ones(2, 3)
     for estimator in vopd.ESTIMATORS:
         a, kl = vopd.distill_advantages(s, t, tokens, estimator, 7)
-        assert not a.requires_grad
-        assert kl.requires_grad == (estimator in ("full", "topk"))
+        assert not a.requires_grad and not kl.requires_grad
         loss, stats = vopd.distill_loss(s, t, tokens, mask, estimator, 7, 6)
         loss.backward()
         assert s.grad.abs().sum() > 0 and t.grad is None
@@ -177,18 +177,26 @@ def test_gradient_flows_through_the_advantage(vopd):
 
 def test_loss_of_another_sum_or_denominator(vopd):
     """The loss is -sum(mask a log p) / Z (for full and topk the KL), with log p of the
-    whole vocabulary, not of the shifted score whose gradient it has; two halves of a
-    batch add up; masked tokens change nothing, and a batch that is masked as a whole
-    has loss 0 and gradient 0. https://github.com/huggingface/trl/issues/5885"""
+    whole vocabulary; two halves of a batch add up; masked tokens change nothing, and a
+    batch that is masked as a whole has loss 0 and gradient 0. https://github.com/huggingface/trl/issues/5885"""
     generator = torch.Generator().manual_seed(1)
     s, t = torch.randn(2, 4, 5, 70, generator=generator).double()
     tokens = torch.randint(70, (4, 5), generator=generator)
     mask = (torch.arange(5) < torch.tensor([5, 2, 0, 3])[:, None]).double()
     s.requires_grad_()
     log_p = s.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    best = s.detach().topk(8).indices
+    exact_kl = {
+        name: torch.nn.functional.kl_div(
+            b.log_softmax(-1), a.log_softmax(-1), reduction="none", log_target=True
+        ).sum(-1)
+        for name, a, b in (
+            ("full", s, t), ("topk", s.gather(-1, best), t.gather(-1, best))
+        )
+    }  # fmt: skip
     for estimator in vopd.ESTIMATORS:
-        a, kl = vopd.distill_advantages(s, t, tokens, estimator, 8)
-        losses = kl if estimator in ("full", "topk") else -a * log_p
+        a, _ = vopd.distill_advantages(s, t, tokens, estimator, 8)
+        losses = exact_kl.get(estimator, -a * log_p)
         exact = (losses * mask).sum() / 17
         (wanted,) = torch.autograd.grad(exact, s, retain_graph=True)
         for parts in [slice(0, 4)], [slice(0, 1), slice(1, 4)]:
@@ -282,7 +290,7 @@ def test_pipeline_has_another_expected_gradient(vopd, monkeypatch, kind):
         for most in 1, 2**26:  # one token at a time, and all at once
             student.zero_grad()
             mine = dataclasses.replace(args, estimator=estimator, top_k=2)
-            sums = vopd.distill(student, teacher, rollout, weights, z, mine, most)
+            sums, _ = vopd.distill(student, teacher, rollout, weights, z, mine, most)
             found.append(gradient_of(student) * z)
             if estimator == "full":
                 assert math.isclose(sums[0] * z, kl.item(), rel_tol=1e-5)
@@ -353,7 +361,7 @@ def test_chunk_micro_batch_or_padding_changes_the_gradient(vopd):
             args = cpu_args(vopd, estimator=estimator, top_k=7, micro_batch_size=size)
             batch = student, teacher, rollout, rollout.completion_mask, 21, args, most
             student.zero_grad()
-            loss = vopd.distill(*batch)[0].item()
+            loss = vopd.distill(*batch)[0][0].item()
             found.append((loss, gradient_of(student)))
         (loss, gradient), *others = found
         for other_loss, other in others:
@@ -361,10 +369,28 @@ def test_chunk_micro_batch_or_padding_changes_the_gradient(vopd):
             assert (other - gradient).norm() / gradient.norm() < 1e-6
 
 
+def test_sampled_log_probs_are_not_compared_with_scored_ones(vopd):
+    """What was sampled and what is scored drift apart without a word, in bf16 or by
+    another engine: the mean and the largest |delta log p| of the tokens that count are
+    logged. Here they are known: every log-prob is right but two."""
+    rollout = random_rollout(vopd, 30, [2, 4], [3, 5], [False, True])
+    student, teacher = small_qwen3(30), small_qwen3(30, seed=1)
+    with torch.no_grad():
+        for i, row in enumerate(plain_logprobs(student, rollout)):
+            rollout.logprobs[i, : len(row)] = row
+    rollout.logprobs[0, 1] += 0.25
+    rollout.logprobs[1, 4] -= 0.5
+    for truncated_too, mean, most in (False, 0.75 / 8, 0.5), (True, 0.25 / 3, 0.25):
+        args = cpu_args(vopd, mask_truncated=truncated_too)
+        stats = vopd.update(student, teacher, Recorder(student), rollout, args)
+        assert math.isclose(stats["delta_logp_mean"], mean, abs_tol=1e-5)
+        assert math.isclose(stats["delta_logp_max"], most, abs_tol=1e-5)
+
+
 def test_logits_exist_whole_or_are_kept(vopd):
     """Logits of 2,048 tokens and 151,936 ids are 1.2 GB, those of the teacher as much
     again. However many tokens there are, what one chunk keeps for its backward pass is
-    the most there is, and with a baseline no more than without: the logits and p."""
+    the most there is, and with a baseline no more than without: the logits."""
     rollout = random_rollout(vopd, 500, [2] * 8, [30] * 8)
     models, tokens = [small_qwen3(500, seed=seed) for seed in (0, 1)], 8 * 30
     kept, largest = {}, {}
@@ -385,28 +411,15 @@ def test_logits_exist_whole_or_are_kept(vopd):
         kept[estimator] = sum(sizes.values()) / (tokens * 500)
         for model in models:
             head = model.get_output_embeddings()
-            note = lambda _, __, out: seen.setdefault("rows", []).append(out.shape[1])
+            note = lambda _, __, out: seen.setdefault("rows", []).append(len(out))
             seen[model] = head.register_forward_hook(note)
         vopd.distill(*models, rollout, rollout.completion_mask, 1, args, 500 * 31)
         largest[estimator] = max(seen.pop("rows"))
         for handle in seen.values():
             handle.remove()
-    assert kept["sampled"] == kept["vopd"] == kept["vopd-topk"] == kept["clip"] == 2
-    assert kept["full"] > 2 > kept["topk"]
+    assert kept["sampled"] == kept["vopd"] == kept["vopd-topk"] == kept["clip"] == 1
+    assert kept["full"] > 1 == kept["topk"]
     assert set(largest.values()) == {32}
-
-
-def test_blocks_that_hold_the_largest_are_not_found(vopd):
-    """The k largest come from the k blocks with the largest maxima: exact for any
-    length, left-over columns, ties and k."""
-    generator = torch.Generator().manual_seed(0)
-    for v, k in itertools.product((1, 63, 64, 700, 1000, 6464), (1, 3, 9, 100, 6464)):
-        for scale in 1.0, 100.0:  # the second has ties
-            x = torch.randn(3, 2, v, generator=generator)
-            x = x if scale == 1 else (3 * x).round()
-            ids = vopd.top_ids(x, min(k, v))
-            assert torch.equal(x.gather(-1, ids), x.topk(min(k, v)).values)
-            assert all(len(set(row.tolist())) == min(k, v) for row in ids.flatten(0, 1))
 
 
 def test_truncated_completions_count(vopd):
