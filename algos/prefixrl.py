@@ -1227,7 +1227,7 @@ def plain_benchmark() -> str:
     """Accuracy of plain RL on the hard problems, if the committed benchmark is here."""
     file = Path(__file__).resolve().parent.parent / "benchmarks/results/prefixrl.json"
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        runs = [run for run in json.loads(file.read_text()) if run["arm"] == "plain"]
+        runs = [run for run in json.loads(file.read_text()) if run["arm"] == "rl"]
         ends = [run["evals"][-1]["eval/hard_pass@1"] for run in runs]
         return f"{sum(ends) / len(ends):.3f} (mean of {len(ends)} seeds)"
     return "not known here: --prefixes-per-problem 0 --max-flops <flops of this run>"

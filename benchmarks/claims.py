@@ -114,8 +114,8 @@ QUICK = {"grpo": "updates-2", "vopd": "sampled", "dmpo": "grpo", "prefixrl": "rl
 METRICS = {  # of the arms' table, on held-out problems, or on hard training problems
     "grpo": "eval/pass@1 eval/pass@8",
     "vopd": "eval/pass@1 eval/pass@8 eval/reverse_kl",
-    "dmpo": "eval/sr eval/qr eval/qr@16 eval/distinct_feasible eval/distinct_optimal "
-    "eval/entropy",
+    "dmpo": "eval/sr eval/qr eval/qr@2 eval/qr@4 eval/qr@8 eval/qr@16 eval/entropy "
+    "eval/distinct_feasible eval/distinct_optimal grpo_coefficient dm_coefficient",
     "prefixrl": "eval/hard_pass@1 eval/hard_pass@8 eval/pass@1 eval/pass@8",
     "ppo_envs": "eval/episode_return",
 }
@@ -274,7 +274,8 @@ def quick_flags(script: str, flags: list[str]) -> list[str]:
     own = {x.target.id: x.value for x in fields if isinstance(x, ast.AnnAssign)}
     steps = max(1, own["steps"].value // 10)
     small = {"steps": steps, "eval_every": steps, "save_every": steps}
-    small |= {"eval_prompts": 32, "eval_episodes": 10}
+    small |= {"eval_prompts": 32, "eval_episodes": 10, "teacher_steps": 100}
+    small |= {"candidates": 24, "trace_cap": 200}
     pairs = [(f"--{k.replace('_', '-')}", str(v)) for k, v in small.items() if k in own]
     return [*flags, *(word for words in pairs for word in words)]
 

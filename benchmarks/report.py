@@ -27,7 +27,12 @@ PICTURES = {  # suffix: (x, arms, metrics); x = k draws metric@k of the last eva
     },
     "dmpo": {
         "": ("k", "default grpo dm-only forward-kl", "eval/qr"),
-        "-distinct": ("step", "default grpo dm-only", "eval/distinct_feasible"),
+        "-distinct": (
+            "step",
+            "default grpo dm-only forward-kl",
+            "eval/distinct_feasible",
+        ),
+        "-entropy": ("step", "default grpo dm-only forward-kl", "eval/entropy"),
     },
     "prefixrl": {
         "": ("flops", "default rl rl-64 sft-rl off-policy", "eval/hard_pass@1"),
@@ -44,6 +49,7 @@ AXES = {  # what an axis shows, with its unit
     "eval/reverse_kl": "reverse KL to the teacher (nats per token)",
     "eval/qr": "best quality ratio among k completions",
     "eval/distinct_feasible": "distinct feasible answers among 16",
+    "eval/entropy": "entropy of a token (nats)",
     "eval/episode_return": "mean return of the evaluation episodes",
     "samples/wrong_length": "length of wrong answers (characters)",
 }
@@ -154,9 +160,15 @@ def made_of(runs: list[dict]) -> str:
     return "; ".join(parts)
 
 
+def number(value: float, sign: str = "") -> str:
+    """Three decimals, or two digits of what is too small for them."""
+    tiny = 0 < abs(value) < 0.01
+    return format(value, f"{sign}.1e" if tiny else f"{sign}.3f")
+
+
 def spread(values, sign: str = "") -> str:
     """IQM [interval] of one value per seed, as text."""
-    return "{:{s}.3f} [{:{s}.3f}, {:{s}.3f}]".format(*interval(values), s=sign)
+    return "{} [{}, {}]".format(*(number(x, sign) for x in interval(values)))
 
 
 def table(names: list[str], rows: list[list[str]]) -> str:
@@ -174,9 +186,11 @@ def arm_table(runs: list[dict], metrics: list[str]) -> str:
             own = [curve(run, metric)[1] for run in runs if run["arm"] == arm]
             if all(map(len, own)):
                 base, end = (np.array([values[i] for values in own]) for i in (0, -1))
-                row = [arm, metric[5:], str(len(own)), f"{iqm(base):.3f}", spread(end)]
-                row.append(f"{min(end):.3f} to {max(end):.3f}")
-                rows.append([*row, spread(end - base, "+")])
+                row = [arm, metric.removeprefix("eval/"), str(len(own))]
+                at_0 = metric.startswith("eval/")  # the others begin with training
+                row += [number(iqm(base)) if at_0 else "", spread(end)]
+                row.append(f"{number(min(end))} to {number(max(end))}")
+                rows.append([*row, spread(end - base, "+") if at_0 else ""])
     return table([*names, "gain [95 %]"], rows)
 
 

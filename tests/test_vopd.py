@@ -665,7 +665,7 @@ def test_offline_default_does_not_start(vopd, cli, tmp_path, monkeypatch):
     for name in "one", "two":
         assert cli(run_dir=name, **flags).code == 0
     (teacher, student), again = made[:2], made[2:]
-    assert again == made[:2] and student == (450, 128)
+    assert again == made[:2] and student == (450, 96)
     assert teacher[0] > student[0] and teacher[1] > student[1]
     assert len(list((tmp_path / "runs/cache").iterdir())) == 2
     assert logged(tmp_path / "one") == logged(tmp_path / "two")
