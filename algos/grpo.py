@@ -467,15 +467,32 @@ def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> R
 def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
     """What the head reads to score the last C columns of tokens (B, T): hidden states
     (n, D), with gradient, and which n of the (B, C) tokens they predict, bool: those
-    that attention_mask (B, T) has. Columns of nothing but padding are cut off."""
+    that attention_mask (B, T) has. Columns of nothing but padding are cut off. A prompt
+    that neighbouring rows share is read once, but with gradient checkpointing."""
+    scored = attention_mask[:, -completion_length:].bool()
     used = attention_mask.any(0).nonzero()[:, 0]
     start, end = int(used[0]), int(used[-1]) + 1
-    scored = attention_mask[:, -completion_length:].bool()
-    width = completion_length - (tokens.shape[1] - end)
-    mask = attention_mask[:, start:end]
-    kwargs = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
-    output = model.base_model(tokens[:, start:end], use_cache=False, **kwargs)
-    return output.last_hidden_state[:, -1 - width : -1][scored[:, :width]], scored
+    width = completion_length - (tokens.shape[1] - end)  # columns of completions
+    tokens, mask = tokens[:, start : end - 1], attention_mask[:, start : end - 1]
+    positions, n = (mask.cumsum(-1) - 1).clamp(min=0), end - start - width
+    inputs, cache, prompt_hidden = (tokens, mask, positions), None, []
+    context = torch.cat([tokens[:, :n], mask[:, :n]], -1)
+    new = (context != context.roll(1, 0)).any(-1)  # is it another than the row's before
+    new[0] = True
+    kept = not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    if kept and width > 1 and not new.all():
+        cache, own = transformers.DynamicCache(), new.cumsum(0) - 1
+        x, seen, places = (part[new, :n] for part in inputs)
+        kwargs = dict(attention_mask=seen, position_ids=places, past_key_values=cache)
+        output = model.base_model(x, use_cache=True, **kwargs)
+        prompt_hidden = [output.last_hidden_state[own, -1:]]
+        cache.batch_select_indices(own)
+        inputs = tokens[:, n:], mask, positions[:, n:]
+    x, seen, places = inputs
+    kwargs = dict(attention_mask=seen, position_ids=places, past_key_values=cache)
+    output = model.base_model(x, use_cache=cache is not None, **kwargs)
+    hidden = torch.cat([*prompt_hidden, output.last_hidden_state], 1)[:, -width:]
+    return hidden[scored[:, :width]], scored
 
 
 def token_logprobs(
@@ -561,8 +578,10 @@ def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, 
         mask = mask * ~rollout.truncated[:, None]
     weights, z = loss_weights(mask, args.normalization, args.max_new_tokens)
     z, clips = all_reduce(z), (args.clip_low, args.clip_high)
-    live = (mask.any(-1) & ((advantages != 0) | (args.kl_coef > 0))).nonzero()[:, 0]
-    live = live[mask[live].sum(-1).argsort(stable=True)]  # like lengths side by side
+    longest = mask.sum(-1).view(-1, args.group_size).amax(-1)
+    rows = torch.arange(len(mask), device=mask.device).view(-1, args.group_size)
+    rows = rows[longest.argsort(stable=True)].flatten()  # like lengths side by side
+    live = rows[(mask.any(-1) & ((advantages != 0) | (args.kl_coef > 0)))[rows]]
     old, ref = rollout.logprobs.clone(), rollout.logprobs.clone()
     for i in range(args.updates_per_batch):
         totals = torch.zeros(5, device=mask.device)

@@ -97,7 +97,8 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products
     model: str = "tiny"  # student: tiny (built in), a local folder or a hub name
-    teacher: str = ""  # the same (default for a tiny student: trained for longer)
+    teacher: str = ""  # a folder or a hub name (default for a tiny student: built in)
+    teacher_steps: int = 3000  # batches of 64 on which the built-in one is trained
     task: str = "countdown"  # countdown, countdown-4 (numbers), ... or a task.py
     data: str = ""  # JSONL file of {"prompt": ...}, perhaps "answer", instead of --task
     eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)
@@ -345,8 +346,13 @@ def load_model(name: str, args: Args) -> tuple:
 
 def load_teacher(problems: list[Problem], args: Args) -> tuple:
     """The teacher, which never gets gradients (in bf16 on a GPU), and its tokenizer;
-    for the tiny student a wider model, trained for longer."""
-    name = args.teacher or tiny_model(problems, args.seed, steps=2200, width=160)
+    for the tiny student a wider model, trained for longer and on more problems."""
+    name = args.teacher
+    if not name:
+        for k in (1000, 2000, 3000):
+            more = dataclasses.replace(args, seed=args.seed + k)
+            problems = problems + load_task(more)[0]
+        name = tiny_model(problems, args.seed, steps=args.teacher_steps, width=128)
     teacher, tokenizer = load_model(name, args)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     return teacher.to(dtype).requires_grad_(False), tokenizer
@@ -510,15 +516,32 @@ def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> R
 def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
     """What the head reads to score the last C columns of tokens (B, T): hidden states
     (n, D), with gradient, and which n of the (B, C) tokens they predict, bool: those
-    that attention_mask (B, T) has. Columns of nothing but padding are cut off."""
+    that attention_mask (B, T) has. Columns of nothing but padding are cut off. A prompt
+    that neighbouring rows share is read once, but with gradient checkpointing."""
+    scored = attention_mask[:, -completion_length:].bool()
     used = attention_mask.any(0).nonzero()[:, 0]
     start, end = int(used[0]), int(used[-1]) + 1
-    scored = attention_mask[:, -completion_length:].bool()
-    width = completion_length - (tokens.shape[1] - end)
-    mask = attention_mask[:, start:end]
-    kwargs = dict(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
-    output = model.base_model(tokens[:, start:end], use_cache=False, **kwargs)
-    return output.last_hidden_state[:, -1 - width : -1][scored[:, :width]], scored
+    width = completion_length - (tokens.shape[1] - end)  # columns of completions
+    tokens, mask = tokens[:, start : end - 1], attention_mask[:, start : end - 1]
+    positions, n = (mask.cumsum(-1) - 1).clamp(min=0), end - start - width
+    inputs, cache, prompt_hidden = (tokens, mask, positions), None, []
+    context = torch.cat([tokens[:, :n], mask[:, :n]], -1)
+    new = (context != context.roll(1, 0)).any(-1)  # is it another than the row's before
+    new[0] = True
+    kept = not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    if kept and width > 1 and not new.all():
+        cache, own = transformers.DynamicCache(), new.cumsum(0) - 1
+        x, seen, places = (part[new, :n] for part in inputs)
+        kwargs = dict(attention_mask=seen, position_ids=places, past_key_values=cache)
+        output = model.base_model(x, use_cache=True, **kwargs)
+        prompt_hidden = [output.last_hidden_state[own, -1:]]
+        cache.batch_select_indices(own)
+        inputs = tokens[:, n:], mask, positions[:, n:]
+    x, seen, places = inputs
+    kwargs = dict(attention_mask=seen, position_ids=places, past_key_values=cache)
+    output = model.base_model(x, use_cache=cache is not None, **kwargs)
+    hidden = torch.cat([*prompt_hidden, output.last_hidden_state], 1)[:, -width:]
+    return hidden[scored[:, :width]], scored
 
 
 def token_logprobs(
@@ -887,7 +910,9 @@ def train(args: Args) -> None:
     if args.data and any(p.answer is None for p in problems + held_out):
         reward = None
     teacher, teacher_tokenizer = load_teacher(problems, args)
-    name = tiny_model(problems, args.seed) if args.model == "tiny" else args.model
+    name = args.model
+    if name == "tiny":
+        name = tiny_model(problems, args.seed, steps=450, width=96)
     last, step, kl = Path(args.run_dir, "checkpoint"), 0, math.nan
     model, tokenizer = load_model(str(last) if args.resume else name, args)
     same_vocabulary(model, tokenizer, teacher, teacher_tokenizer)

@@ -104,9 +104,10 @@ class Recorder(torch.optim.SGD):
 
 
 def cpu_args(script: ModuleType, **changes):
-    """The script's Args for an exact test: fp32 on the CPU, gradients never clipped."""
+    """The script's Args for an exact test: fp32 on the CPU, gradients never clipped;
+    groups of two."""
     exact = dict(device="cpu", dtype="float32", max_grad_norm=1e30, warmup_steps=0)
-    return script.Args(**exact | changes)
+    return script.Args(**exact | dict(group_size=2) | changes)
 
 
 def random_rollout(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -214,7 +215,8 @@ def test_gradient_checkpointing_turns_the_cache_off(grpo, tmp_path, name):
     https://github.com/huggingface/trl/issues/1540"""
     tokenizer = char_tokenizer()
     folder = save_model(tmp_path / "model", SMALL[name](len(tokenizer)), tokenizer)
-    prompts, noise, found = [[5, 6, 7], [8]], random_noise(8, 6), []
+    prompts = [[5, 6, 7, 8][i % 3 :] + [9 + i] for i in range(8)]  # none is shared
+    noise, found = random_noise(8, 6), []
     for on in False, True:
         args = cpu_args(grpo, gradient_checkpointing=on, max_new_tokens=6)
         model, _ = grpo.load_model(folder, args)
@@ -232,6 +234,41 @@ def test_gradient_checkpointing_turns_the_cache_off(grpo, tmp_path, name):
     assert torch.equal(tokens, tokens_on)
     assert (gradient - gradient_on).norm() < 1e-6 * gradient.norm()
     assert twice == 2 * once == 2 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_shared_prompt_is_the_wrong_one(grpo, name):
+    """Neighbours with one prompt have it read once, and every completion goes on from
+    its own prompt's keys and values. Here are prompts that differ in the last token
+    alone, in their length alone (what one has is padding in the other), one that comes
+    back after another, and completions of one token: log-probs and gradients are those
+    of one row at a time."""
+    lengths = [4] * 6 + [2] * 2 + [4] * 3 + [1]
+    rollout = random_rollout(grpo, 16, lengths, [3, 1, 5, 2, 4, 1, 6, 2, 1, 1, 3, 2])
+    first = rollout.tokens[0, :4].clone()
+    rollout.tokens[:, :4] = first  # padded rows too: what is masked must not count
+    rollout.tokens[3:6, 3] = (first[3] + 1) % 14 + 2
+    model = SMALL[name](16).double()
+    for start, end in (0, 12), (0, 3), (2, 9), (8, 10), (1, 2):
+        part = copy.copy(rollout)
+        for field in ("tokens", "attention_mask", "completion_mask"):
+            setattr(part, field, getattr(rollout, field)[start:end])
+        width = int(part.completion_mask.sum(-1).max())
+        for field in ("tokens", "attention_mask"):
+            setattr(part, field, getattr(part, field)[:, : 4 + width])
+        part.completion_mask = part.completion_mask[:, :width]
+        factor = torch.linspace(0.5, 2, width)
+        model.zero_grad()
+        batch = part.tokens, part.attention_mask, width, 0.7
+        logprobs, _ = grpo.token_logprobs(model, *batch)
+        (logprobs * factor).sum().backward()
+        got = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad()
+        for i, row in enumerate(plain_logprobs(model, part, 0.7)):
+            assert torch.allclose(logprobs[i, : len(row)], row.float(), atol=1e-5)
+            (row * factor[: len(row)]).sum().backward()
+        wanted = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert (got - wanted).norm() < 1e-5 * wanted.norm()
 
 
 @pytest.mark.parametrize("name", SMALL)
