@@ -27,7 +27,7 @@ CELLS = {  # of the metric: its gain or its end; seeds, worst seed, wall time
         "eval/pass@1",
         "Countdown, student's held-out pass@1 {gain}, {seeds} seeds",
     ),
-    "dmpo": ("eval/qr@16", "quality ratio, best of 16: {gain}, {seeds} seeds"),
+    "dmpo": ("eval/qr", "independent sets, quality ratio {gain}, {seeds} seeds"),
     "prefixrl": ("eval/hard_pass@1", "hard Countdown, pass@1 {gain}, {seeds} seeds"),
     "ppo_envs": (
         "eval/episode_return",

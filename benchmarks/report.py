@@ -26,13 +26,13 @@ PICTURES = {  # suffix: (x, arms, metrics); x = k draws metric@k of the last eva
         "-biased": ("step", "default vopd-topk topk clip", "eval/reverse_kl"),
     },
     "dmpo": {
-        "": ("k", "default grpo dm-only forward-kl", "eval/qr"),
+        "": ("k", "default grpo strong dm-only forward-kl", "eval/qr"),
         "-distinct": (
             "step",
-            "default grpo dm-only forward-kl",
+            "default grpo strong dm-only forward-kl",
             "eval/distinct_feasible",
         ),
-        "-entropy": ("step", "default grpo dm-only forward-kl", "eval/entropy"),
+        "-entropy": ("step", "default grpo strong dm-only forward-kl", "eval/entropy"),
     },
     "prefixrl": {
         "": ("flops", "default rl rl-64 sft-rl off-policy", "eval/hard_pass@1"),
