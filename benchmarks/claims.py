@@ -238,18 +238,19 @@ WEAK = (
     "default): the two arms are nearly one. Tried: a lambda at which both pull about "
     "alike (arm strong), the forward KL at the paper's lambda and at one as weak as "
     "the square's, and no GRPO at all. Where the pull is of GRPO's size or alone "
-    "(strong, forward-kl, dm-only) the best of 16 and the distinct optimal answers stay "
-    "well above GRPO's, and one answer alone is worse: quality is traded for diversity. "
-    "Tasks, model and learning rate are not the paper's; its scaling over a batch is "
-    "not stated."
+    "(strong, forward-kl, dm-only) the best of 16 and the distinct optimal answers "
+    "stay well above GRPO's, and one answer alone is worse: quality is traded for "
+    "diversity. Tasks, model and learning rate are not the paper's; its scaling over "
+    "a batch is not stated."
 )
+SAME = "As for the quality ratio."
 EXPLANATIONS = {  # text of a claim: what was tried when it fails
     "DMPO: the quality ratio is above GRPO's": WEAK,
-    "DMPO: more answers are feasible than with GRPO": "As for the quality ratio.",
-    "DMPO: the best of 16 answers is better than GRPO's": "As for the quality ratio.",
-    "DMPO: 16 samples in place of 1 gain more than with GRPO": "As for the quality ratio.",
-    "DMPO: more distinct optimal answers among 16 than with GRPO": "As for the quality ratio.",
-    "DMPO: entropy stays above GRPO's": "As for the quality ratio.",
+    "DMPO: more answers are feasible than with GRPO": SAME,
+    "DMPO: the best of 16 answers is better than GRPO's": SAME,
+    "DMPO: 16 samples in place of 1 gain more than with GRPO": SAME,
+    "DMPO: more distinct optimal answers among 16 than with GRPO": SAME,
+    "DMPO: entropy stays above GRPO's": SAME,
     "DMPO: forward KL is as good as the square (argued, not run there)": (
         "At one lambda the forward KL pulls far harder than the square (row "
         "dm_coefficient): it keeps more diversity and loses quality. As weak as the "
