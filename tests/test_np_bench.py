@@ -388,6 +388,62 @@ def test_quality_ratio_is_upside_down(task):
         assert paid == pytest.approx(0.1 + min(1, ratio), abs=1e-12)
 
 
+def least_form(instance: dict, answer: list[int]) -> tuple:
+    """The smallest of all the ways to write this solution."""
+    task, n = instance["task"], instance.get("n", 0)
+    if task in ("tsp", "hamiltonian"):
+        both = answer, answer[::-1]
+        turned = (way[i:] + way[:i] for way in both for i in range(len(answer)))
+        return min(map(tuple, turned))
+    if task == "colouring":
+        names = itertools.permutations(range(n))
+        return min(tuple(name[c] for c in answer) for name in names)
+    if task == "meetings":
+        return tuple(sorted(zip(*[iter(answer)] * 3)))
+    other = sorted({*range(n)} - {*answer})
+    halves = task == "cut" and len(other) == len(answer)
+    return tuple(min(sorted(answer), other) if halves else sorted(answer))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_one_solution_counts_as_two(task):
+    """Distinct answers are counted to see diversity: a tour from another city, colours
+    with other names, a set in another order or the other half of a cut is no new one,
+    and two solutions are never taken for one. By all solutions of small instances, each
+    written in two ways; and feasible and quality are those of the reward."""
+    rng = random.Random(task)
+    for _ in range(12):
+        instance = small_instance(task, rng)
+        found = solutions(instance)
+        rng.shuffle(found)
+        seen = {}
+        for value, answer in found[:200]:
+            parts = [answer[i : i + 3] for i in range(0, len(answer), 3)]
+            rng.shuffle(parts)
+            other = rng.sample(answer, len(answer))
+            if task in ("tsp", "hamiltonian"):
+                other = answer[2:] + answer[:2]
+            elif task == "colouring":
+                names = rng.sample(range(9), 9)
+                other = [names[c] for c in answer]
+            elif task == "meetings":
+                other = [number for part in parts for number in part]
+            for way in answer, other:
+                line = {
+                    "prompt": "",
+                    "answer": {"instance": instance, "reference": value},
+                }
+                text = f"Answer: {', '.join(map(str, way))}"
+                feasible, quality, what = np_bench.reward.verify(Asked(line), text)
+                assert feasible and quality == 1.0
+                assert seen.setdefault(what, least_form(instance, answer)) == (
+                    least_form(instance, answer)
+                )
+        assert len(set(seen.values())) == len(seen)
+    wrong = np_bench.reward.verify(Asked(line), "Answer: 9998, 9998")
+    assert wrong == (False, 0.0, None)
+
+
 LENGTH = 1_000_000
 HOSTILE = {
     "power": "9**9**9",

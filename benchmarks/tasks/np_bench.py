@@ -513,16 +513,42 @@ def verify(instance: dict, text: str) -> tuple[bool, int, str]:
         return False, 0, str(e)
 
 
-def reward(problem: NamedTuple, completion: str) -> float:
-    """0.1 for a list of numbers after Answer:, and the quality if it is feasible."""
+def meaning(instance: dict, answer: list[int]) -> object:
+    """What a feasible answer stands for: equal for two ways to write one solution."""
+    if instance["task"] in ("tsp", "hamiltonian"):  # any start, either direction
+        return frozenset(map(frozenset, zip(answer, answer[1:] + answer[:1])))
+    if instance["task"] == "colouring":  # any names of the colours
+        first = list(dict.fromkeys(answer))
+        return tuple(map(first.index, answer))
+    if instance["task"] == "meetings":
+        return frozenset(zip(*[iter(answer)] * 3))
+    if instance["task"] == "cut" and 2 * len(answer) == instance["n"]:  # either half
+        return frozenset(
+            [*answer] if 0 in answer else {*range(instance["n"])} - {*answer}
+        )
+    return frozenset(answer)
+
+
+def judge(problem: NamedTuple, completion: str) -> tuple[bool, float, object]:
+    """Feasible or not, the quality (0 if not), and what the answer means: what dmpo.py
+    evaluates by."""
     instance, reference = problem.answer["instance"], problem.answer["reference"]
     feasible, value, _ = verify(instance, completion)
     if not feasible:
-        return 0.1 * (parse(completion) is not None)
+        return False, 0.0, None
     less, more = value, reference
     if not TASKS[instance["task"]].maximise:
         less, more = reference, value
-    return 0.1 + (1.0 if less >= more else less / more)
+    quality = 1.0 if less >= more else less / more
+    return True, quality, meaning(instance, parse(completion))
+
+
+def reward(problem: NamedTuple, completion: str) -> float:
+    """0.1 for a list of numbers after Answer:, and the quality if it is feasible."""
+    return 0.1 * (parse(completion) is not None) + judge(problem, completion)[1]
+
+
+reward.verify = judge
 
 
 def generated(split: str, seed: int, tasks: list, sizes: list) -> Iterator[dict]:
