@@ -810,7 +810,7 @@ def imitate(model, prompts, traces: dict[int, Trace], args: Args) -> int:
     rate = args.sft_learning_rate or args.learning_rate
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     pool, n, tokens = [*traces], args.prompts_per_step, 0
-    args = dataclasses.replace(args, kl_coef=0.0, updates_per_batch=1)
+    args = dataclasses.replace(args, kl_coef=0.0, updates_per_batch=1, group_size=1)
     for step in range(1, math.ceil(args.sft_epochs * len(pool) / n) + 1):
         batch = draw(pool, step, n, args.seed, 3)[RANK::WORLD_SIZE]
         posed = [prompts[i] for i in batch], [traces[i] for i in batch]
