@@ -255,6 +255,9 @@ for advantages, flags in job["cases"]:
     found.append((optimizer.seen[0], stats))
 torch.save(found, f"{folder}/gradient-{grpo.RANK}-of-{grpo.WORLD_SIZE}.pt")
 grpo.train(cpu_args(grpo, **job["train"], run_dir=f"{folder}/run-{grpo.WORLD_SIZE}"))
+if grpo.WORLD_SIZE > 1:  # a rank that leaves first would abort the other
+    dist.barrier()
+    dist.destroy_process_group()
 """
 
 TASK = """

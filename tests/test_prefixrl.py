@@ -777,6 +777,9 @@ script = load_script("prefixrl")
 if script.WORLD_SIZE > 1:
     dist.init_process_group("gloo")
 script.train(cpu_args(script, **json.loads(flags)))
+if script.WORLD_SIZE > 1:  # a rank that leaves first would abort the other
+    dist.barrier()
+    dist.destroy_process_group()
 """
 
 
