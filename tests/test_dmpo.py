@@ -441,6 +441,9 @@ def dist_job(dmpo, folder: str, job: str) -> None:
     torch.save(found, f"{folder}/gradient-{dmpo.RANK}-of-{dmpo.WORLD_SIZE}.pt")
     run_dir = f"{folder}/run-{dmpo.WORLD_SIZE}"
     dmpo.train(cpu_args(dmpo, **job["train"], run_dir=run_dir))
+    if dmpo.WORLD_SIZE > 1:  # a rank that leaves first would abort the other
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 VERIFIED = f"""{PLUGIN}
