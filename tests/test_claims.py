@@ -489,7 +489,9 @@ def test_stopped_harness_leaves_its_runs_behind(lab, number):
     (home / "wait").touch()
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     command = lab.command("--seeds", "1")
-    harness = subprocess.Popen(command, start_new_session=True, **pipes)
+    heard = lambda: signal.signal(number, signal.SIG_DFL)  # nohup and & ignore Ctrl-C
+    pipes |= dict(start_new_session=True, preexec_fn=heard)
+    harness = subprocess.Popen(command, **pipes)
     until((home / "here").exists)
     own = os.getpgid(int((home / "pid").read_text()))
     assert own != os.getpgid(harness.pid)  # a terminal's Ctrl-C comes once, from us
