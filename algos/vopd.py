@@ -227,7 +227,7 @@ def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
         n = int(size or default)
         sources = [problems(split, args.seed, n) for split in splits]
     elif args.task.endswith(".py"):
-        with blame(f"{where} is no task with the functions problems and reward"):
+        with blame(f"cannot load {where} (it needs the functions problems and reward)"):
             plugin = runpy.run_path(args.task)
             reward, problems = plugin["reward"], plugin["problems"]
             sources = [iter(problems(split, args.seed)) for split in splits]
@@ -902,7 +902,7 @@ def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, floa
     return metrics | {"peak_memory_gb": peak / 2**30}
 
 
-def train(args: Args) -> None:
+def train(args: Args) -> int:
     """Sample, let the teacher score, update, log; evaluate and save now and then."""
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
@@ -977,7 +977,7 @@ def train(args: Args) -> None:
             draw_curve(run_dir)
         if stop:
             print(f"stopped after step {step}; to go on: --resume {run_dir}")
-            sys.exit(130)
+            return 130
     if RANK == 0:
         logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
         print(f"{'':16} student before  student after   teacher")
@@ -986,6 +986,7 @@ def train(args: Args) -> None:
             print(f"{name:16} {logs[0][name]:14.3f} {logs[-1][name]:14.3f}", end="")
             print(f" {logs[0][best]:9.3f}")
         print(f"run folder: {run_dir}")
+    return 0
 
 
 def main() -> None:
@@ -996,9 +997,13 @@ def main() -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     try:
-        train(args)
+        code = train(args)
     except KeyboardInterrupt:  # before the first step: there is nothing to save
         sys.exit(130)
+    if WORLD_SIZE > 1:
+        dist.barrier()  # a rank that leaves before the others makes them fail
+        dist.destroy_process_group()
+    sys.exit(code)
 
 
 if __name__ == "__main__":
