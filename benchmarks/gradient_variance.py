@@ -25,7 +25,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -187,8 +186,10 @@ def main() -> None:
     args.top_k = flags.top_k
     problems, _, _ = vopd.load_task(args)
     teacher, teacher_tokenizer = vopd.load_teacher(problems, args)
-    base = vopd.tiny_model(problems, args.seed) if args.model == "tiny" else args.model
-    result = {"hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}"}
+    base = args.model
+    if base == "tiny":
+        base = vopd.tiny_model(problems, args.seed, steps=450, width=96)
+    result = {"hardware": f"{os.cpu_count()} CPU cores, no GPU"}
     result |= {
         "torch": torch.__version__,
         "flags": vars(flags) | {"work": "", "out": ""},

@@ -8,6 +8,7 @@ Rewritten is what stands in README.md between <!-- KIND:SCRIPT --> and <!-- end 
     cell      one line for the table of algorithms
     results   the default arm's metrics and the verdicts of the claims
     picture   benchmarks/results/<script>.png
+    numbers   the table of another benchmark: vs_trl, estimator_cost, gradient_variance
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ CELLS = {  # of the metric: its gain or its end; seeds, worst seed, wall time
     ),
 }
 NOT_YET = "not measured yet"
-MARKED = re.compile(r"(<!-- (cell|results|picture):(\w+) -->)(.*?)(<!-- end -->)", re.S)
+KINDS = "cell|results|picture|numbers"
+MARKED = re.compile(rf"(<!-- ({KINDS}):(\w+) -->)(.*?)(<!-- end -->)", re.S)
 
 
-def read(script: str) -> list[dict]:
-    """The committed runs; none if nothing has been measured."""
+def read(script: str) -> list[dict] | dict:
+    """The committed runs, or what a benchmark found; [] if nothing was measured."""
     path = claims.RESULTS / f"{script}.json"
     return json.loads(path.read_text()) if path.exists() else []
 
@@ -90,9 +92,100 @@ def results(script: str, runs: list[dict]) -> str:
     return "\n\n".join(["", *parts, ""]).removeprefix("\n")
 
 
+def vs_trl(found: dict) -> tuple[str, list[str], list[list[str]]]:
+    """Speed and memory beside TRL's trainer: introduction, columns, rows."""
+    names = {
+        "countdown": "Countdown: groups of equal rewards cost nothing",
+        "all live": "random: every group is live",
+    }
+    columns = ["rewards", "ours, completions/s", "TRL", "ratio (over rounds)"]
+    columns += ["peak memory, MB", "TRL"]
+    rows = []
+    for case, sides in found["cases"].items():
+        low, high = min(sides["ratios"]), max(sides["ratios"])
+        speeds, peaks = (
+            [f"{sides[side][key]:.0f}" for side in ("ours", "trl")]
+            for key in ("completions_per_second", "peak_mb")
+        )
+        ratio = f"{sides['ratio']:.2f} ({low:.2f} to {high:.2f})"
+        rows.append([names[case], *speeds, ratio, *peaks])
+    shapes = found["settings"]
+    intro = f"{shapes['prompts']} x {shapes['group']} completions of up to "
+    intro += f"{shapes['max_new_tokens']} tokens, {shapes['threads']} threads, TRL "
+    intro += f"{found['versions']['trl']}, the same model and problems, runs in turn. "
+    rate = max(found["limits"]["matrix_gflops_per_second"].values())
+    parts = [
+        found["limits"][part]["gflops_per_second"] for part in ("rollout", "update")
+    ]
+    intro += "What limits it: {:.0f} GFLOP/s in the rollout and {:.0f} in the update, "
+    intro += "where matrix products of such shapes reach {:.0f}."
+    return intro.format(*parts, rate), columns, rows
+
+
+def estimator_cost(found: dict) -> tuple[str, list[str], list[list[str]]]:
+    """Time and memory of the estimators against `sampled`, by vocabulary."""
+    sizes = found["vocabularies"]
+    rows = [
+        [f"`{name}`"]
+        + [f"{rows[name]['time_ratio']:.2f}, {rows[name]['memory_ratio']:.2f}"
+           for rows in sizes.values()]
+        for name in next(iter(sizes.values()))
+    ]  # fmt: skip
+    intro = f"Loss and backward pass of {found['tokens']:,} tokens, hidden size "
+    intro += f"{found['hidden']:,}, {found['threads']} threads: time and peak memory, "
+    intro += "each as a ratio to `sampled` in the same run."
+    return intro, ["estimator", *(f"V = {int(v):,}" for v in sizes)], rows
+
+
+def gradient_variance(found: dict) -> tuple[str, list[str], list[list[str]]]:
+    """Variance and bias of the estimators' gradients at the same students."""
+    columns, students = (
+        ["estimator"],
+        [x["estimators"] for x in found["students"].values()],
+    )
+    for where in found["students"]:
+        columns += [
+            f"{where}: variance / that of `sampled`",
+            "squared bias / \\|full\\|^2",
+        ]
+    rows = []
+    for name in students[0]:
+        row = [f"`{name}`"]
+        for values in (student[name] for student in students):
+            ratio, (low, high) = values["ratio_to_sampled"], values["ratio_interval"]
+            row.append(f"{ratio:.3f} [{low:.3f}, {high:.3f}]")
+            bias, limits = (
+                values.get("bias_squared"),
+                values.get("bias_squared_interval"),
+            )
+            row.append(
+                "{:.4f} [{:.4f}, {:.4f}]".format(bias, *limits) if limits else "0"
+            )
+        rows.append(row)
+    flags = found["flags"]
+    intro = f"{flags['batches']} batches of {flags['batch_size']} completions at each "
+    intro += "student, the same for all estimators; [95 % bootstrap over batches]."
+    return intro, columns, rows
+
+
+def numbers(name: str, found: dict) -> str:
+    """The table of another benchmark, with its command."""
+    if not found:
+        return f"\n{NOT_YET}\n"
+    intro, columns, rows = {
+        "vs_trl": vs_trl,
+        "estimator_cost": estimator_cost,
+        "gradient_variance": gradient_variance,
+    }[name](found)
+    where = (claims.RESULTS / name).relative_to(claims.ROOT).as_posix()
+    intro = f"[`python benchmarks/{name}.py`](benchmarks/{name}.py), {intro} "
+    intro += f"{found['hardware']}; [all numbers]({where}.json)."
+    return f"\n{intro}\n\n{report.table(columns, rows)}\n\n"
+
+
 def rewrite(text: str) -> str:
     """The README with every marked part as the JSON files have it."""
-    kinds = {"cell": cell, "picture": picture, "results": results}
+    kinds = {"cell": cell, "picture": picture, "results": results, "numbers": numbers}
 
     def fill(match: re.Match) -> str:
         begin, kind, script, _, end = match.groups()

@@ -638,7 +638,15 @@ def papers(tmp_path, monkeypatch):
     claims.write(runs, claims.RESULTS / "grpo.json")
     text = "# R\n\n| a | <!-- cell:grpo -->old<!-- end --> |\n"
     text += "| b | <!-- cell:vopd -->old<!-- end --> |\n\n<!-- results:grpo -->\n\n"
-    text += "<!-- end -->\n\n<!-- picture:grpo -->x<!-- end -->\n\nby hand\n"
+    text += "<!-- end -->\n\n<!-- picture:grpo -->x<!-- end -->\n\n"
+    text += "<!-- numbers:vs_trl --><!-- end -->\n\nby hand\n"
+    sides = dict.fromkeys(("ours", "trl"), {"completions_per_second": 7, "peak_mb": 9})
+    found = {"cases": {"countdown": sides | {"ratios": [1.5, 2.5], "ratio": 2.0}}}
+    found |= {"hardware": "none", "versions": {"trl": "1"}}
+    found["settings"] = dict(prompts=2, group=4, max_new_tokens=8, threads=1)
+    speeds = dict.fromkeys(("rollout", "update"), {"gflops_per_second": 3})
+    found["limits"] = speeds | {"matrix_gflops_per_second": {"": 4}}
+    (claims.RESULTS / "vs_trl.json").write_text(json.dumps(found))
     (tmp_path / "README.md").write_text(text)
     return tmp_path
 
@@ -655,12 +663,15 @@ def test_readme_is_not_rewritten(papers):
     assert "| 5 | +0.200 [+0.200, +0.200] | replicated |" in text
     assert "\n![grpo: pass@1, pass@8 over training](results/grpo.png)\n" in text
     assert text.startswith("# R\n") and text.endswith("\n\nby hand\n")
+    assert "cost nothing | 7 | 7 | 2.00 (1.50 to 2.50) | 9 | 9 |" in text
     assert readme.main(["--check"]) == 0
     assert readme.main([]) == 0
     assert (papers / "README.md").read_text() == text
 
 
-@pytest.mark.parametrize("what", ["number", "verdict", "json", "page", "marker"])
+@pytest.mark.parametrize(
+    "what", ["number", "verdict", "json", "page", "marker", "numbers"]
+)
 def test_edit_by_hand_is_not_seen(papers, what, capsys):
     """A number or verdict edited in the README, a page or results file edited without
     the rest, a results file that the README does not show: the check fails."""
@@ -671,6 +682,7 @@ def test_edit_by_hand_is_not_seen(papers, what, capsys):
         "json": ("results/grpo.json", '"eval/pass@1": 0.35', '"eval/pass@1": 0.45'),
         "page": ("results/grpo.md", "**not measured**", "**replicated**"),
         "marker": ("README.md", "<!-- results:grpo -->", ""),
+        "numbers": ("results/vs_trl.json", '"ratio": 2.0', '"ratio": 3.0'),
     }[what]
     text = (papers / path).read_text()
     assert old in text
