@@ -640,11 +640,13 @@ def papers(tmp_path, monkeypatch):
     text += "| b | <!-- cell:vopd -->old<!-- end --> |\n\n<!-- results:grpo -->\n\n"
     text += "<!-- end -->\n\n<!-- picture:grpo -->x<!-- end -->\n\n"
     text += "<!-- numbers:vs_trl --><!-- end -->\n\nby hand\n"
-    sides = dict.fromkeys(("ours", "trl"), {"completions_per_second": 7, "peak_mb": 9})
+    sides = {
+        key: {"completions_per_second": 7, "peak_mb": 9} for key in ("ours", "trl")
+    }
     found = {"cases": {"countdown": sides | {"ratios": [1.5, 2.5], "ratio": 2.0}}}
     found |= {"hardware": "none", "versions": {"trl": "1"}}
     found["settings"] = dict(prompts=2, group=4, max_new_tokens=8, threads=1)
-    speeds = dict.fromkeys(("rollout", "update"), {"gflops_per_second": 3})
+    speeds = {key: {"gflops_per_second": 3} for key in ("rollout", "update")}
     found["limits"] = speeds | {"matrix_gflops_per_second": {"": 4}}
     (claims.RESULTS / "vs_trl.json").write_text(json.dumps(found))
     (tmp_path / "README.md").write_text(text)
