@@ -1,0 +1,241 @@
+"""torchrun: any number of ranks is the run of one process, and an error ends them all.
+
+The command lines here are a user's: `torchrun --nproc-per-node N algos/<script>.py`.
+The plug-in task makes a process compute in float64, in which the order of a sum is
+worth 1e-16. In float32 it is worth 1e-7, and Adam's first steps turn that into steps of
+the whole learning rate where a gradient is near 0: a comparison to 1e-6 would need a
+rate at which nothing moves. Here the rate is 1e-3 and the weights move by more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import char_tokenizer, save_model, script_path, small_qwen3
+from safetensors.torch import load_file
+
+TASK = """
+import os, signal, torch
+
+torch.set_default_dtype(torch.float64)
+torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
+LETTERS = set("abcdefghijklmnopqrstuvwxyz")
+calls = 0
+
+
+def problems(split, seed):
+    for i in range(14):
+        yield {"prompt": f"{split} {'ab' * i}:", "answer": i}
+
+
+def reward(problem, completion):
+    global calls
+    calls += problem.prompt.startswith("train")
+    rank, _, end = os.environ.get("END", "").partition(" ")
+    if calls > 1 + 12 + 5 and rank == os.environ.get("RANK"):  # in the second step
+        if end == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError(end)
+    return sum(character in LETTERS for character in completion) / 4
+"""  # the first call is a trial; a rank of two has 12 completions in a step
+
+COMMON = dict(task="task.py", model="model", device="cpu", run_dir="run", steps=3)
+COMMON |= dict(prompts_per_step=6, group_size=4, micro_batch_size=8, max_new_tokens=8)
+COMMON |= dict(learning_rate=1e-3, warmup_steps=0, eval_prompts=5, eval_samples=2)
+OWN = {
+    "grpo": dict(kl_coef=0.1, updates_per_batch=2),
+    "vopd": dict(teacher="teacher"),
+    "dmpo": dict(kl_coef=0.1),
+    "prefixrl": dict(candidates=8, hard_k=8, trace_cap=320, sft_epochs=1),
+}
+TIMES = "seconds", "tokens_per_second", "peak_memory"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> Path:
+    """A folder with a student, a teacher and the task, to be copied."""
+    folder, tokenizer = tmp_path_factory.mktemp("torchrun"), char_tokenizer()
+    for seed, name in enumerate(("model", "teacher")):
+        model = small_qwen3(len(tokenizer), seed=seed).double()
+        model.get_input_embeddings().weight.data[1] *= 4  # EOS: lengths differ
+        save_model(folder / name, model, tokenizer)
+    (folder / "task.py").write_text(TASK)
+    return folder
+
+
+RANKS = """
+import json, os, runpy, signal, socket, sys
+import matplotlib.figure, torch, transformers, tyro
+from transformers import Qwen3ForCausalLM
+
+for line in sys.stdin:
+    world, home, *command = json.loads(line)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(world):
+        if pid := os.fork():
+            ranks.append(pid)
+            continue
+        if world > 1:  # what torchrun sets
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.chdir(home)
+        for stream in 1, 2:
+            os.dup2(os.open("out", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        signal.alarm(100)  # the end of one that waits for ever
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")  # main() ends it
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+    print(json.dumps(codes), flush=True)
+"""
+
+
+def command_line(script: str, flags: dict) -> list[str]:
+    """algos/<script>.py with its flags."""
+    words = [str(script_path(script))]
+    for name, value in flags.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+@pytest.fixture(scope="session")
+def run():
+    """run(script, world, home, **flags): the folder of a finished run. The ranks are
+    processes that begin as copies of one that has imported all: torchrun's own take
+    seconds each."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    command = [sys.executable, "-c", RANKS]
+    with subprocess.Popen(command, env=env, **pipes) as server:
+
+        def get(script: str, world: int, home: Path, **flags) -> Path:
+            job = world, str(home), *command_line(script, flags)
+            server.stdin.write(f"{json.dumps(job)}\n")
+            codes = json.loads(server.stdout.readline())
+            assert codes == [0] * world, (home / "out").read_text()
+            return home / "run"
+
+        yield get
+        server.stdin.close()
+
+
+def torchrun(script: str, world: int, home: Path, **flags) -> tuple[int, str]:
+    """Exit code and all output of the command line in the folder home."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(world), *command_line(script, flags)]
+    both = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, cwd=home, **both) as process:
+        try:
+            out = process.communicate(timeout=90)[0]
+        finally:
+            process.terminate()  # its ranks with it
+    return process.returncode, out
+
+
+def records(run_dir: Path, log: str) -> list[dict]:
+    """The lines of a log without seconds and bytes."""
+    lines = [json.loads(line) for line in (run_dir / log).open()]
+    return [{k: v for k, v in r.items() if not k.startswith(TIMES)} for r in lines]
+
+
+def distance(a: Path, b: Path) -> float:
+    """The largest difference between two models' weights."""
+    a, b = (load_file(folder / "model.safetensors") for folder in (a, b))
+    assert a.keys() == b.keys()
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+
+
+def same_run(shared: Path, alone: Path) -> None:
+    """Weights, logs and samples of two runs agree; each left one of everything."""
+    files = [sorted(p.name for p in x.iterdir()) for x in (shared, alone)]
+    assert files[0] == files[1] and "checkpoint" in files[0]
+    assert (shared.parent / "out").read_text().count("run folder: run") == 1
+    pair = [records(x, "metrics.jsonl") for x in (shared, alone)]
+    assert [r["step"] for r in pair[0]] == [r["step"] for r in pair[1]] == [0, 1, 2, 3]
+    for got, wanted in zip(*pair):
+        assert got == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+    pair = [records(x, "samples.jsonl") for x in (shared, alone)]
+    for got, wanted in zip(*pair):
+        got, wanted = ({**x, "rewards": 0} for x in (got, wanted))
+        assert got == wanted
+    assert distance(shared / "checkpoint", alone / "checkpoint") < 1e-6
+
+
+@pytest.fixture
+def home(models, tmp_path) -> Path:
+    """A folder of its own with models and task."""
+    return Path(shutil.copytree(models, tmp_path / "home"))
+
+
+@pytest.fixture(scope="session")
+def alone(models, run, tmp_path_factory):
+    """alone(script): the run of one process, done once."""
+    done = {}
+
+    def get(script: str) -> Path:
+        if script not in done:
+            home = tmp_path_factory.mktemp("alone") / script
+            shutil.copytree(models, home)
+            done[script] = run(script, 1, home, **COMMON | OWN[script])
+        return done[script]
+
+    return get
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("script", [*OWN])
+def test_ranks_train_another_model(script, world, run, home, alone):
+    """A rank that takes its own denominator, its neighbour's prompts or noise, or keeps
+    its gradients trains something else, and no log says so; one that writes too leaves
+    each step twice. N ranks end with the weights of one process with the same batch.
+    https://github.com/verl-project/verl/issues/906"""
+    shared = run(script, world, home, **COMMON | OWN[script])
+    same_run(shared, alone(script))
+    assert distance(shared / "checkpoint", home / "model") > 1e-3
+    logged = records(shared, "metrics.jsonl")
+    assert all(r["grad_norm"] > 0.01 for r in logged[1:])
+
+
+def test_torchrun_is_not_what_the_scripts_expect(home, alone):
+    """Ranks started by hand may hide that torchrun says something else, or says it
+    elsewhere. Its own command line ends with the weights of one process."""
+    code, out = torchrun("grpo", 2, home, **COMMON | OWN["grpo"])
+    assert code == 0, out
+    (home / "out").write_text(out)
+    same_run(home / "run", alone("grpo"))
+
+
+@pytest.mark.parametrize("script", [*OWN])
+def test_resume_with_another_number_of_ranks(script, run, home, alone):
+    """The ranks that go on are not those that stopped: a saved share of the data or of
+    the noise would belong to a rank that is gone. Three ranks, then one process, then
+    two ranks are one run of one process."""
+    run(script, 3, home, **COMMON | OWN[script] | dict(steps=1))
+    run(script, 1, home, resume="run", steps=2)
+    shared = run(script, 2, home, resume="run", steps=3)
+    assert [r["step"] for r in records(shared, "metrics.jsonl")] == [0, 1, 2, 3]
+    assert distance(shared / "checkpoint", alone(script) / "checkpoint") < 1e-6
+
+
+@pytest.mark.parametrize("how", ["the judge is down", "kill"])
+def test_a_rank_dies_and_the_others_wait(how, home, monkeypatch):
+    """One rank gone, by an error in its reward or by the kernel for want of memory, and
+    the others would wait for its gradients until somebody looks. The job ends with its
+    error, and what was logged before is whole."""
+    monkeypatch.setenv("END", f"1 {how}")
+    begin = time.monotonic()
+    code, out = torchrun("grpo", 2, home, **COMMON)
+    assert time.monotonic() - begin < 80  # torchrun gives those left 30 s
+    assert code not in (0, None)
+    assert ("SIGKILL" if how == "kill" else f"RuntimeError: {how}") in out
+    logged = records(home / "run", "metrics.jsonl")
+    assert [r["step"] for r in logged] == [0, 1]
