@@ -29,11 +29,12 @@ Unbiased: for the gradient of the KL of each state, the states held as they are 
 token is credited for what comes after it), and only while the data are on-policy: one
 update on each batch.
 
-Differences. All weights are trained, not LoRA's; the cosine of the learning rate begins
-with a short warm-up. The paper's temperature divides both models' logits: for it, give
---teacher-temperature the value of --temperature. --clip-lambda .1 is a choice of ours.
-Vocabulary rows beyond the last token of the tokenizer (padding) are cut off both
-models, so that no probability lies there; the saved student is without them.
+Differences. All weights are trained, not LoRA's; the learning rate falls as 1 / (1 +
+step / --decay-steps), not as a cosine: a longer run continues a shorter one. The
+paper's temperature divides both models' logits: for it, give --teacher-temperature the
+value of --temperature. --clip-lambda .1 is a choice of ours. Vocabulary rows beyond the
+last token of the tokenizer (padding) are cut off both models, so that no probability
+lies there; the saved student is without them.
 
     python algos/vopd.py
     python algos/vopd.py --model Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B \
@@ -110,8 +111,9 @@ class Args:
     max_new_tokens: int = 24  # length at which a completion is cut off
     temperature: float = 1.0  # of sampling, and inside every log-prob of the student
     teacher_temperature: float = 1.0  # divides the teacher's logits
-    learning_rate: float | None = None  # at first; default: 6e-4 for tiny, else 1e-5
-    warmup_steps: int = 10  # steps over which the learning rate rises; then a cosine
+    learning_rate: float | None = None  # at first; default: 1e-3 for tiny, else 1e-5
+    warmup_steps: int = 10  # steps over which the learning rate rises
+    decay_steps: int = 100  # after n times as many it is 1 / (1 + n) of the first
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     micro_batch_size: int = 64  # completions in one forward and backward pass
     rollout_batch_size: int = 512  # completions decoded side by side
@@ -841,7 +843,7 @@ def check(args: Args) -> None:
         if number and not (zero or 0 < value < math.inf):  # nan is neither
             fail(f"--{name.replace('_', '-')} is {value}: it must be above 0")
     if args.learning_rate is None:
-        args.learning_rate = 6e-4 if args.model == "tiny" else 1e-5
+        args.learning_rate = 1e-3 if args.model == "tiny" else 1e-5
     for wrong, message in (
         (args.clip_lambda >= 1, "--clip-lambda must be below 1"),
         (args.model != "tiny" and not args.teacher, "--model needs a --teacher"),
@@ -951,8 +953,8 @@ def train(args: Args) -> int:
             rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
         clock.append(time.perf_counter())
         warm = min(1.0, step / max(args.warmup_steps, 1))
-        cosine = (1 + math.cos(math.pi * (step - 1) / args.steps)) / 2
-        optimizer.param_groups[0]["lr"] = args.learning_rate * warm * cosine
+        rate = args.learning_rate * warm / (1 + step / args.decay_steps)
+        optimizer.param_groups[0]["lr"] = rate
         stats = update(model, teacher, optimizer, rollout, args)
         clock.append(time.perf_counter())
         metrics = {"step": step} | describe(rollout, clock, args) | stats
