@@ -138,29 +138,25 @@ def student_after(steps: int, work: Path, flags) -> None:
 
 
 def draw(result: dict, path: Path) -> None:
-    """Variance against `sampled` and bias against `full`, with their intervals."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """The variances against that of `sampled`, with their intervals."""
+    axes = Figure(figsize=(6.4, 4), layout="constrained").add_subplot()
+    count = len(result["students"])
     for i, (where, row) in enumerate(result["students"].items()):
         rows = row["estimators"]
-        for axes, names, value, limits in (
-            (left, list(rows), "ratio_to_sampled", "ratio_interval"),
-            (right, [x for x in rows if x != "full"], "mean_gap", None),
-        ):
-            heights = [rows[x][value] for x in names]
-            places = np.arange(len(names)) + 0.35 * i
-            errors = None
-            if limits:
-                errors = np.abs(np.array([rows[x][limits] for x in names]).T - heights)
-            axes.bar(places, heights, 0.33, yerr=errors, capsize=3, label=where)
-            axes.set_xticks(np.arange(len(names)) + 0.175, names)
-        floors = [rows[x]["noise_floor"] for x in rows if x != "full"]
-        right.plot(np.arange(len(floors)) + 0.35 * i, floors, "k_", markersize=22)
-    left.axhline(1, color="grey", linewidth=0.8)
-    left.set(title="total variance of the gradient / that of sampled")
-    right.set(title="|mean gap to full| / |full|   (line: noise alone)")
-    left.legend()
-    figure.savefig(path, dpi=120)
+        heights = [x["ratio_to_sampled"] for x in rows.values()]
+        limits = np.array([x["ratio_interval"] for x in rows.values()]).T
+        look = dict(color=str(0.3 + 0.4 * i), width=0.8 / count, capsize=3)
+        places, errors = (
+            np.arange(len(rows)) + 0.8 * i / count,
+            np.abs(limits - heights),
+        )
+        axes.bar(places, heights, yerr=errors, label=f"student of {where}", **look)
+    axes.set_xticks(np.arange(len(rows)) + 0.4 * (count - 1) / count, list(rows))
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set(xlabel="estimator", ylabel="total variance of the gradient / sampled's")
+    axes.set_title(f"{result['flags']['batches']} batches, 95 % interval", fontsize=10)
+    axes.legend()
+    axes.figure.savefig(path, dpi=120)
 
 
 def main() -> None:

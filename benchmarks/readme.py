@@ -154,13 +154,12 @@ def gradient_variance(found: dict) -> tuple[str, list[str], list[list[str]]]:
         for values in (student[name] for student in students):
             ratio, (low, high) = values["ratio_to_sampled"], values["ratio_interval"]
             row.append(f"{ratio:.3f} [{low:.3f}, {high:.3f}]")
-            bias, limits = (
+            bias = [
                 values.get("bias_squared"),
-                values.get("bias_squared_interval"),
-            )
-            row.append(
-                "{:.4f} [{:.4f}, {:.4f}]".format(bias, *limits) if limits else "0"
-            )
+                *values.get("bias_squared_interval", ()),
+            ]
+            text = "{} [{}, {}]"
+            row.append(text.format(*map(report.number, bias)) if bias[1:] else "0")
         rows.append(row)
     flags = found["flags"]
     intro = f"{flags['batches']} batches of {flags['batch_size']} completions at each "
