@@ -1,0 +1,120 @@
+"""Every measurement that needs an NVIDIA GPU, in one command of less than 8 minutes.
+
+    python benchmarks/gpu.py --name h200 [--parts rollout step-grpo-0.6B ...]
+    python benchmarks/gpu.py --smoke          every part in small, on a CPU
+
+Nothing is downloaded: models have the shapes of Qwen3-0.6B and 1.7B and random weights,
+whose samples hardly ever end by themselves. Nothing is needed beside torch,
+transformers, numpy, matplotlib and tqdm; where tyro is missing, a stand-in of 20 lines
+reads the scripts' flags. Each part is a process of its own (a copy of this one, so that
+nothing is imported twice) with its own time: one that fails or is late leaves its error
+and what it had measured, and the others run.
+Writes benchmarks/results/gpu-<name>.json after each part; exit code 1 if one failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+try:
+    import memory
+    import torch
+    import tqdm  # noqa: F401  the scripts need it
+    import transformers
+    from gpu_parts import PARTS, SMOKE, Sizes
+except ImportError as e:
+    sys.exit(f"error: {e}: pip install -r requirements.txt")
+
+TYRO = """
+import argparse, dataclasses, typing
+
+def cli(kind, default=None, description=""):
+    parser = argparse.ArgumentParser(description=description)
+    hints, default = typing.get_type_hints(kind), default or kind()
+    for field in dataclasses.fields(kind):
+        hint, options = hints[field.name], typing.get_args(hints[field.name])
+        flag = dict(default=getattr(default, field.name))
+        if hint is bool:
+            flag["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(hint) is typing.Literal:
+            flag["choices"] = options
+        else:
+            flag["type"] = options[0] if options else hint
+        parser.add_argument("--" + field.name.replace("_", "-"), **flag)
+    return kind(**vars(parser.parse_args()))
+"""
+WORK = tempfile.mkdtemp(prefix="gpu-")
+atexit.register(shutil.rmtree, WORK, ignore_errors=True)
+
+
+def part_of(name: str, sizes: Sizes, file: Path) -> None:
+    """One part, in its own process; what it reports is in the file at once."""
+    os.setsid()  # with all that it starts it can be ended
+    os.chdir(WORK)
+    found = {}
+
+    def report(**values) -> None:
+        found.update(values)
+        file.write_text(json.dumps(found))
+        print(f"{name}: {json.dumps(values)[:300]}", flush=True)
+
+    PARTS[name][0](sizes, report)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--name", default="", help="of the machine, for the file")
+    parser.add_argument("--smoke", action="store_true", help="in small, on a CPU")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
+    parser.add_argument("--seconds", type=float, help="for all of it (default: 470)")
+    parser.add_argument("--out", default=str(memory.ROOT / "benchmarks" / "results"))
+    flags = parser.parse_args()
+    sizes, slow = (SMOKE, 10) if flags.smoke else (Sizes(), 1)
+    begin, seconds = time.perf_counter(), flags.seconds or 470 * slow
+    # CUDA begins in the parts alone: a process that has begun it cannot be copied
+    if not (flags.smoke or memory.in_process(torch.cuda.is_available)):
+        sys.exit("error: there is no GPU here: --smoke runs every part on a CPU")
+    try:
+        import tyro  # noqa: F401
+    except ImportError:
+        Path(WORK, "tyro.py").write_text(TYRO)
+        sys.path.insert(0, WORK)
+        os.environ["PYTHONPATH"] = f"{WORK}:{os.environ.get('PYTHONPATH', '')}"
+    gpu = "no GPU" if flags.smoke else memory.in_process(torch.cuda.get_device_name)
+    result = {"hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {gpu}"}
+    result |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    result |= {"python": platform.python_version(), "smoke": flags.smoke}
+    result |= {"sizes": dataclasses.asdict(sizes), "parts": {}}
+    name = flags.name or ("smoke" if flags.smoke else gpu.split()[-1].lower())
+    for part in flags.parts:
+        file, start, error = Path(WORK, f"{part}.json"), time.perf_counter(), None
+        left = min(PARTS[part][1] * slow, seconds - (start - begin))
+        try:
+            if left < 5:
+                raise RuntimeError("no time was left")
+            memory.in_process(part_of, part, sizes, file, seconds=left)
+        except RuntimeError as e:
+            error = str(e)
+        row = {"ok": error is None, "seconds": time.perf_counter() - start}
+        row |= {"error": error, "found": {}}
+        if file.exists():
+            row["found"] = json.loads(file.read_text())
+        result["parts"][part] = row
+        print(f"{part}: {error or 'ok'}, {row['seconds']:.0f} s", flush=True)
+        text = json.dumps(result, indent=1) + "\n"
+        Path(flags.out, f"gpu-{name}.json").write_text(text)
+    return int(not all(row["ok"] for row in result["parts"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,349 @@
+"""What benchmarks/gpu.py measures: one function for each part.
+
+part(sizes, report) works in an empty folder of its own process; report(**values) puts
+what was measured into the file at once. A part fails with an exception, also where what
+was measured is wrong: a gradient, nothing learnt, a GPU slower than the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import env_speed
+import memory
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models
+from transformers import Qwen3ForCausalLM
+
+SCRIPTS = "grpo", "dmpo", "prefixrl", "vopd"
+WIDTHS = {"0.6B": 1024, "1.7B": 2048}  # Qwen3's hidden sizes; all else follows
+
+
+@dataclasses.dataclass
+class Sizes:
+    """How large everything is; SMOKE is for --smoke."""
+
+    device: str = "cuda"
+    dtype: str = "bfloat16"
+    layers: int = 28
+    vocab: int = 151_936
+    shrink: int = 1  # hidden sizes are divided by it
+    batches: tuple = (64, 256, 512)  # sequences side by side
+    sequences: int = 256  # those of transformers' own generation
+    new_tokens: int = 512
+    prompts: int = 32  # of a step, 8 completions each
+    step_tokens: int = 128  # of a completion in a step
+    scored: int = 8192  # tokens in memory.py and estimator_cost.py
+    environments: tuple = (20, 16, 12)  # log2 of their number
+    cartpole: str = ""  # flags
+    countdown: tuple = (100, 10, 450)  # steps: here, on the CPU, of the warm start
+
+
+SMOKE = Sizes("cpu", "float32", 2, 256, 16, (4, 8), 8, 8, 2, 8, 128, (6,))
+SMOKE.cartpole = "--steps 3 --num-envs 64 --eval-episodes 4 --compile off"
+SMOKE.countdown = 2, 2, 2
+
+
+def config(shape: str, sizes: Sizes) -> transformers.Qwen3Config:
+    """Qwen3's of that shape."""
+    width = WIDTHS[shape] // sizes.shrink
+    kwargs = dict(hidden_size=width, intermediate_size=3 * width, head_dim=128)
+    kwargs |= dict(num_hidden_layers=sizes.layers, vocab_size=sizes.vocab)
+    kwargs |= dict(num_attention_heads=16, num_key_value_heads=8, bos_token_id=None)
+    kwargs |= dict(tie_word_embeddings=True, max_position_embeddings=4096)
+    return transformers.Qwen3Config(**kwargs, pad_token_id=0, eos_token_id=1)
+
+
+def load(function: Callable, shape: str, sizes: Sizes) -> tuple:
+    """function(): the script's own load_model or load_teacher, here of a model that no
+    hub has: random weights, made on the device, and a token for each of its ids."""
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
+    vocabulary |= {f"{i} ": i for i in range(3, sizes.vocab)}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.decoder = decoders.Fuse()
+    special = dict(pad_token="<pad>", eos_token="<eos>")
+    fast = transformers.PreTrainedTokenizerFast
+    tokenizer = fast(tokenizer_object=backend, **special)
+
+    def make(name, config, dtype, **_):
+        with torch.device(sizes.device):
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+    makers = {"AutoConfig": lambda *_, **__: config(shape, sizes)}
+    makers |= {
+        "AutoModelForCausalLM": make,
+        "AutoTokenizer": lambda *_, **__: tokenizer,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, maker in makers.items():
+            auto = getattr(transformers, name)
+            stack.enter_context(mock.patch.object(auto, "from_pretrained", maker))
+        return function()
+
+
+def clock(sizes: Sizes) -> float:
+    """Seconds, once the device has done what it was given."""
+    if sizes.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def flags_of(script, sizes: Sizes, **changes):
+    """Args for this device, checked and completed."""
+    flags = dict(device=sizes.device, dtype=sizes.dtype, model="random", group_size=8)
+    flags |= dict(micro_batch_size=16) | changes
+    flags |= dict(teacher="random") if hasattr(script, "load_teacher") else {}
+    args = script.Args(**flags)
+    script.check(args)
+    return args
+
+
+def contexts(n: int, sizes: Sizes, length: int = 64) -> list[list[int]]:
+    """n random prompts of half to all that length."""
+    noise = torch.Generator().manual_seed(n)
+    spans = torch.randint(length // 2, length + 1, (n,), generator=noise).tolist()
+    return [
+        torch.randint(3, sizes.vocab, (m,), generator=noise).tolist() for m in spans
+    ]
+
+
+def speed(generate: Callable, sizes: Sizes) -> dict[str, float]:
+    """Tokens a second of a function that returns how many there are."""
+    start = clock(sizes)
+    tokens = generate()
+    seconds = clock(sizes) - start
+    return dict(tokens=tokens, seconds=seconds, tokens_per_second=tokens / seconds)
+
+
+def run(script: str, *flags) -> None:
+    """A command line of this repository, as a process."""
+    command = [sys.executable, str(memory.ROOT / script), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr or done.stdout).strip().splitlines()[-1])
+
+
+# --------------------------------------- Parts ----------------------------------------
+
+
+def rollout(sizes: Sizes, report: Callable) -> None:
+    """Tokens a second of grpo.py's generate, by batch; its log-probs as sampled against
+    those that the update will see."""
+    grpo = memory.load_script("grpo")
+    many = dict(max_new_tokens=sizes.new_tokens, rollout_batch_size=10**6)
+    args = flags_of(grpo, sizes, **many)
+    model, tokenizer = load(lambda: grpo.load_model("", args), "0.6B", sizes)
+
+    def generate(batch: int, args) -> int:
+        nonlocal done
+        noise = grpo.uniforms(args, 1, batch, 1)
+        done = grpo.generate(model, tokenizer, contexts(batch, sizes), noise, args)
+        return int(done.completion_mask.sum())
+
+    done, short = None, dataclasses.replace(args, max_new_tokens=4)
+    for batch in sizes.batches:
+        generate(batch, short)
+        row = speed(lambda: generate(batch, args), sizes)
+        report(**{f"batch {batch}": row})
+        if batch == sizes.batches[0]:
+            score = lambda x, seen: grpo.token_logprobs(
+                model, x, seen, done.completion_mask.shape[1], args.temperature
+            )
+            parts = zip(done.tokens.split(8), done.attention_mask.split(8))
+            with torch.no_grad(), grpo.autocast(args):
+                scored = torch.cat([score(*part)[0] for part in parts])
+            gap = ((scored - done.logprobs) * done.completion_mask).abs()
+            found = dict(mean=gap.sum().item() / row["tokens"], max=gap.max().item())
+            report(delta_logp=found | {"dtype": args.dtype})
+
+
+def library(sizes: Sizes, report: Callable, continuous: bool) -> None:
+    """The same of transformers' own `generate`, or of its continuous batching."""
+    grpo = memory.load_script("grpo")
+    args, n = flags_of(grpo, sizes), sizes.new_tokens
+    model, _ = load(lambda: grpo.load_model("", args), "0.6B", sizes)
+    model, prompts = (
+        model.to(getattr(torch, sizes.dtype)),
+        contexts(sizes.sequences, sizes),
+    )
+    kwargs = dict(do_sample=True, top_k=0, top_p=1.0, eos_token_id=1, pad_token_id=0)
+    ids = grpo.pad(prompts, 0, "left").to(sizes.device)
+    inputs = dict(input_ids=ids, attention_mask=(ids != 0).long())
+    batching = {}
+    if sizes.device == "cpu":  # not all the memory that there is
+        few = transformers.ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
+        batching = dict(continuous_batching_config=few)
+
+    def generate(n: int) -> int:
+        how = transformers.GenerationConfig(**kwargs, max_new_tokens=n)
+        if continuous:
+            done = model.generate_batch(
+                inputs=prompts, generation_config=how, **batching
+            )
+            return sum(len(one.generated_tokens) for one in done.values())
+        new = model.generate(**inputs, generation_config=how)[:, ids.shape[1] :]
+        return int(grpo.completion_mask(new, 1)[0].sum())
+
+    if not continuous:  # that brings its warm-up with it
+        generate(4)
+    row = speed(lambda: generate(n), sizes)
+    report(**{f"batch {sizes.sequences}": row})
+    assert row["tokens"] > 0, "no tokens came back"
+
+
+def one_step(sizes: Sizes, report: Callable, name: str, shape: str) -> None:
+    """Seconds of each phase and peak memory of one step, after a short one."""
+    script = memory.load_script(name)
+    flags = dict(prompts_per_step=sizes.prompts, max_new_tokens=sizes.step_tokens)
+    args, other = flags_of(script, sizes, **flags), None
+    torch.manual_seed(0)
+    model, tokenizer = load(lambda: script.load_model("", args), shape, sizes)
+    if name == "vopd":
+        other, _ = load(lambda: script.load_teacher([], args), shape, sizes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
+    short = dataclasses.replace(args, prompts_per_step=2, max_new_tokens=4)
+    for now in short, args:
+        if sizes.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        n, G = now.prompts_per_step, now.group_size
+        prompts = contexts(n, sizes, 64 + 64 * (name == "prefixrl"))  # and a prefix
+        noise, times = script.uniforms(now, 1, n, G), [clock(sizes)]
+        batch = script.generate(model, tokenizer, prompts, noise, now)
+        times.append(clock(sizes))
+        posed = [script.Problem("", None)] * len(noise)
+        reward = lambda _, text: len(text) % 7 / 7
+        batch.rewards = script.score(reward, posed, batch.texts).to(sizes.device)
+        times.append(clock(sizes))
+        if name == "vopd":
+            stats = script.update(model, other, optimizer, batch, now)
+        else:
+            A = script.group_advantages(batch.rewards, G, now.advantage_scale)
+            stats = script.update(model, None, optimizer, batch, A, now)
+        times.append(clock(sizes))
+    names = "seconds_rollout", "seconds_score", "seconds_update"
+    found = dict(zip(names, (b - a for a, b in itertools.pairwise(times))))
+    found["peak_gb"] = memory.memory(sizes.device, peak=True) / 2**30
+    found["parameters"] = sum(p.numel() for p in model.parameters())
+    report(**found, tokens=int(batch.completion_mask.sum()), stats=stats)
+    assert stats["grad_norm"] > 0 and stats["relative_update"] > 0, "nothing moved"
+
+
+def estimators(sizes: Sizes, report: Callable) -> None:
+    """benchmarks/estimator_cost.py at the largest vocabulary."""
+    flags = ["--tokens", sizes.scored, "--sizes", sizes.vocab, "--device", sizes.device]
+    flags += ["--hidden", 1024 // sizes.shrink, "--repeats", 3, "--out", "."]
+    run("benchmarks/estimator_cost.py", *flags)
+    report(**json.loads(Path("estimator_cost.json").read_text()))
+
+
+def peaks(sizes: Sizes, report: Callable) -> None:
+    """benchmarks/memory.py: each script's loss + backward against whole logits."""
+    about = dict(tokens=sizes.scored, vocab=sizes.vocab, device=sizes.device, repeats=2)
+    about |= dict(hidden=max(128, 1024 // sizes.shrink))
+    report(about=about)
+    flags = argparse.Namespace(**about, cases=memory.CASES)
+    memory.compare(flags, lambda case, row: report(**{case: row}))
+
+
+def environments(sizes: Sizes, report: Callable) -> None:
+    """benchmarks/env_speed.py: steps a second of ppo_envs.py."""
+    for power in sizes.environments:
+        length = max(8, min(128, 2**17 // 2**power))
+        how = "auto" if sizes.device == "cuda" else "off"
+        row = env_speed.ours(2**power, 3, length, how)
+        report(**{str(2**power): row | {"rollout_length": length}})
+
+
+def gradient_of(name: str, device: str, sizes: Sizes) -> tuple[float, torch.Tensor]:
+    """A loss of the script and its gradient, in float32, of the same small model."""
+    script = memory.load_script(name)
+    torch.manual_seed(0)
+    if name == "ppo_envs":
+        args = script.Args(device="cpu", compile="off")
+        env = script.make_env(args, 256)
+        data = env.reset(), torch.randint(2, (256,)), torch.randn(256) / 9 - 0.7
+        data = *data, torch.randn(256), torch.randn(256)  # advantages and returns
+        model = script.Agent(env, args).to(device)
+        loss, _ = model.loss(*(x.to(device) for x in data))
+        loss.backward()
+    else:
+        small = dataclasses.replace(sizes, layers=2, vocab=1000, shrink=16)
+        flags = dict(device=device, dtype="float32", group_size=memory.GROUP)
+        args = flags_of(script, sizes, **flags, max_grad_norm=1e9)
+        pair = [Qwen3ForCausalLM(config("0.6B", small)).to(device) for _ in "st"]
+        model, teacher = pair[0], pair[1].requires_grad_(False)
+        batch = memory.random_rollout(script, 1000, 16, 12, device)
+        teacher = teacher if name == "vopd" else None
+        loss = memory.ours(script, model, teacher, batch, args)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return float(loss), torch.cat([g.flatten().double().cpu() for g in gradients])
+
+
+def exact(sizes: Sizes, report: Callable) -> None:
+    """Losses and gradients of all scripts in float32: this device's and the CPU's."""
+    for name in (*SCRIPTS, "ppo_envs"):
+        wanted, g_cpu = gradient_of(name, "cpu", sizes)
+        loss, g = gradient_of(name, sizes.device, sizes)
+        gap = ((g - g_cpu).norm() / g_cpu.norm()).item()
+        report(**{name: dict(loss=loss, loss_on_cpu=wanted, gradient_gap=gap)})
+        near = abs(loss - wanted) < 1e-4 * max(1, abs(wanted)) and gap < 1e-4
+        assert near, f"{name}: loss {loss}, on the CPU {wanted}; gradients {gap} apart"
+
+
+def cartpole(sizes: Sizes, report: Callable) -> None:
+    """ppo_envs.py as a user starts it: does it solve CartPole here?"""
+    start, folder = time.perf_counter(), Path("cartpole")
+    flags = "--device", sizes.device, "--run-dir", folder, *sizes.cartpole.split()
+    run("algos/ppo_envs.py", *flags)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    ends = [line["eval/episode_return"] for line in (lines[0], lines[-1])]
+    report(before=ends[0], after=ends[1], seconds=time.perf_counter() - start)
+    assert ends[1] > 475 or sizes is SMOKE, f"not solved: a return of {ends[1]}"
+
+
+def countdown(sizes: Sizes, report: Callable) -> None:
+    """grpo.py's default task, here and on this machine's CPU: seconds of a step (their
+    median), and what is learnt here."""
+    grpo, found = memory.load_script("grpo"), []
+    make, (*steps, start) = grpo.tiny_model, sizes.countdown
+    grpo.tiny_model = lambda problems, seed: make(problems, seed, steps=start)
+    small = dict(prompts_per_step=4, eval_prompts=8) if sizes is SMOKE else {}
+    for name, device, many in zip(("here", "on the CPU"), (sizes.device, "cpu"), steps):
+        folder = Path(name)
+        flags = dict(model="tiny", steps=many, eval_every=10**6, micro_batch_size=512)
+        flags |= dict(device=device, run_dir=str(folder), warmup_steps=10)
+        flags |= dict(dtype="float32") if device == "cpu" else {}
+        grpo.train(flags_of(grpo, sizes, **flags, **small))
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        spent = [sum(v for k, v in x.items() if k[:8] == "seconds_") for x in lines[1:]]
+        row = {"steps": many, "seconds_per_step": sorted(spent)[len(spent) // 2]}
+        row |= {"before": lines[0]["eval/pass@1"], "after": lines[-1]["eval/pass@1"]}
+        found.append(row)
+        report(**{name: row})
+    here, cpu = found
+    learnt = here["after"] > here["before"] + 0.05
+    assert learnt or sizes is SMOKE, "it did not learn here"
+    faster = here["seconds_per_step"] < cpu["seconds_per_step"]
+    assert faster or sizes is SMOKE, "a step takes longer than on the CPU"
+
+
+PARTS = {"rollout": (rollout, 90)}  # and seconds at most
+PARTS["generate"] = lambda *x: library(*x, continuous=False), 60
+PARTS["continuous-batching"] = lambda *x: library(*x, continuous=True), 60
+PARTS |= {"exact": (exact, 40), "memory": (peaks, 90)}
+for name, shape in itertools.product(SCRIPTS, WIDTHS):
+    step = lambda *x, name=name, shape=shape: one_step(*x, name, shape)
+    PARTS[f"step-{name}-{shape}"] = step, 45
+PARTS |= {"cartpole": (cartpole, 80), "countdown": (countdown, 80)}
+PARTS |= {"env_speed": (environments, 100), "estimator_cost": (estimators, 90)}

@@ -1,0 +1,182 @@
+"""benchmarks/gpu.py and memory.py without a GPU: all of it but CUDA itself."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, load_script, script_path
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu
+import memory
+
+STEPS = "grpo", "dmpo", "prefixrl", "vopd"
+QUICK = "rollout", "generate", "exact", "memory", "cartpole", "countdown", "env_speed"
+
+
+def run(out: Path, *flags, **env) -> tuple[subprocess.CompletedProcess, dict]:
+    """The finished command line and what it left."""
+    command = [sys.executable, ROOT / "benchmarks/gpu.py", "--smoke", "--out", out]
+    done = subprocess.run(
+        [*map(str, command), *map(str, flags)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    return done, json.loads((out / "gpu-smoke.json").read_text())
+
+
+def numbers(found: dict, path: str = ""):
+    """All numbers of a tree with their paths."""
+    for key, value in found.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{path}/{key}")
+        elif isinstance(value, (int, float)):
+            yield f"{path}/{key}", value
+
+
+def test_a_part_that_only_a_gpu_can_break(tmp_path):
+    """A benchmark that is run for the first time on a borrowed machine fails there on a
+    misspelt name. Each part runs in small on the CPU; each speed, time and size is one
+    that was measured: finite, not 0, and not the same twice."""
+    names = [*QUICK, *(f"step-{name}-0.6B" for name in STEPS), "step-vopd-1.7B"]
+    assert set(names) < set(gpu.PARTS)
+    done, result = run(tmp_path, "--parts", *names)
+    assert [(k, row["error"]) for k, row in result["parts"].items()] == [
+        (name, None) for name in names
+    ]
+    assert done.returncode == 0 and result["smoke"]
+    parts = {name: row["found"] for name, row in result["parts"].items()}
+    speeds = []
+    for name, row in result["parts"].items():
+        assert row["seconds"] > 0 and list(numbers(row["found"])), name
+        for path, value in numbers(row["found"]):
+            assert math.isfinite(value), (name, path)
+            if "second" in path or "bytes" in path or "peak" in path:
+                assert value > 0, (name, path)
+                speeds += [value] if "bytes" not in path else []
+    assert len(set(speeds)) > 0.9 * len(speeds)
+    for batch in 4, 8:
+        assert parts["rollout"][f"batch {batch}"]["tokens"] <= 8 * batch
+    assert parts["rollout"]["delta_logp"]["max"] < 1e-5
+    assert {*parts["exact"]} == {*STEPS, "ppo_envs"}
+    assert {*memory.CASES} < {*parts["memory"]}
+    for name in STEPS:
+        row = parts[f"step-{name}-0.6B"]
+        assert 0 < row["tokens"] <= 2 * 8 * 8 and row["stats"]["relative_update"] > 0
+    large, small = (parts[f"step-vopd-{x}"]["parameters"] for x in ("1.7B", "0.6B"))
+    assert large > 2 * small
+
+
+def test_one_part_takes_the_others_with_it(tmp_path):
+    """Eight minutes on a GPU are lost if the first error, a CUDA fault or a part that
+    hangs ends the command. Each leaves its line, what it had started ends with it, the
+    others run, and the exit code says that not all went well."""
+    algos = Path(shutil.copytree(script_path("grpo").parent, tmp_path / "algos"))
+    for name, line in (
+        ("grpo", 'raise ValueError("the judge is down")'),
+        ("dmpo", "os.kill(os.getpid(), 9)"),
+        ("vopd", 'subprocess.run(["sleep", "977"])'),
+    ):
+        file = algos / f"{name}.py"
+        text = file.read_text().replace("\ndef update(", "\ndef the_real_update(")
+        text += f"\n\ndef update(*_):\n    {line}\n"
+        file.write_text(text)
+    parts = [f"step-{name}-0.6B" for name in STEPS]
+    env = dict(ONEFILE_ALGOS=str(algos))
+    done, result = run(tmp_path, "--parts", *parts, "--seconds", "40", **env)
+    errors = [row["error"] for row in result["parts"].values()]
+    assert errors[0] == "ValueError: the judge is down"
+    assert "exit code -9" in errors[1] and errors[2] is None
+    assert "not done after" in errors[3] and done.returncode == 1
+    assert result["parts"][parts[2]]["found"]["seconds_update"] > 0
+    processes = Path("/proc").glob("[0-9]*/cmdline")
+    assert not any("sleep\x00977" in file.read_text() for file in processes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_numbers_of_a_cpu_called_a_gpus(tmp_path):
+    """Without a GPU and without --smoke there is one line and no file."""
+    command = [sys.executable, ROOT / "benchmarks/gpu.py", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode and not [*tmp_path.iterdir()]
+    assert done.stderr.startswith("error: there is no GPU")
+
+
+FLAGS = """
+import dataclasses, json, sys
+sys.path.insert(0, sys.argv[1])
+from conftest import load_script
+print(sys.modules["tyro"].__file__)
+for name, *words in json.loads(sys.argv[2]):
+    sys.argv = [name, *words]
+    print(json.dumps(dataclasses.asdict(load_script(name).read_flags())))
+"""
+
+
+def test_stand_in_for_tyro_reads_other_flags(tmp_path, monkeypatch):
+    """Where tyro is not installed a few lines read the flags: as tyro does."""
+    (tmp_path / "tyro.py").write_text(gpu.TYRO)
+    jobs = [
+        ["grpo", "--seed", "7", "--advantage-scale", "none", "--clip-low", "0.5"],
+        ["dmpo", "--dm-only", "--learning-rate", "0.25", "--run-dir", "a b"],
+        ["prefixrl", "--max-flops", "1e9", "--no-track"],
+        ["vopd", "--estimator", "full"],
+        ["ppo_envs", "--num-envs", "64", "--rollout-length", "8"],
+    ]
+    code = FLAGS.replace("print(sys", "import tyro\nprint(sys")
+    command = [sys.executable, "-c", code, Path(__file__).parent, json.dumps(jobs)]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
+    file, *lines = done.stdout.splitlines()
+    assert file == str(tmp_path / "tyro.py") and len(lines) == len(jobs), done.stderr
+    for line, (name, *words) in zip(lines, jobs):
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        wanted = dataclasses.asdict(load_script(name).read_flags())
+        assert json.loads(line) == wanted
+
+
+# ------------------------------------- memory.py --------------------------------------
+
+
+def small(**changes) -> argparse.Namespace:
+    """Flags of a measurement that takes no time."""
+    flags = dict(device="cpu", tokens=64, vocab=300, hidden=128, repeats=1)
+    return argparse.Namespace(**flags | dict(cases=memory.CASES) | changes)
+
+
+def test_peak_of_what_was_freed_before_or_is_free_again():
+    """The resident set when a call returns has forgotten its peak; the peak of the
+    process remembers the making of the model. A call that holds 300 MB for a moment
+    needs 300 MB, though more was in use before it."""
+    torch.ones(2**28)  # 1 GB, gone
+
+    def way(*_):
+        return torch.ones(75 * 2**20).sum() * 0 + 1
+
+    found = memory.in_process(memory.measure, "grpo", way, small())
+    assert found["bytes"] == pytest.approx(300 * 2**20, rel=0.05)
+
+
+def test_ratio_to_another_loss(monkeypatch):
+    """Two ways that compute different things are no comparison: a script whose loss is
+    not that of whole logits ends the measurement."""
+    rows, real = {}, memory.ours
+    memory.compare(small(cases=["dmpo", "vopd full"]), rows.__setitem__)
+    assert {*rows} == {"dmpo", "vopd full"}
+    for row in rows.values():
+        assert row["memory_ratio"] == row["ours"]["bytes"] / row["naive"]["bytes"]
+    monkeypatch.setattr(memory, "ours", lambda *x: 1.01 * real(*x))
+    with pytest.raises(RuntimeError, match="dmpo: loss"):
+        memory.compare(small(cases=["dmpo"]), rows.__setitem__)
