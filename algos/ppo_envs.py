@@ -1,4 +1,4 @@
-"""PPO from one environment to a million on one device, in one file.
+"""PPO from one environment to a million, on one device or several, in one file.
 
 Papers: PPO (arXiv 1707.06347), GAE (1506.02438), PPO-EWMA (Hilton et al., 2110.00641),
 Preventing Learning Stagnation in PPO by Scaling to 1 Million Parallel Environments
@@ -28,18 +28,21 @@ is not clipped; the learning rate is constant, so that a longer run continues a 
 one. Batches above 2^21 transitions are shuffled in blocks of neighbouring environments.
 Breakout has MinAtar's sticky actions, only the actions with an effect and at most 1,000
 steps. The state of gym:<id> is not saved: --resume begins new episodes there.
+Adam is written out, so that gradient, clipping and step are one compiled graph. Under
+torchrun each rank has a share of the environments and of each minibatch; what is drawn
+depends on seed and step alone, so ranks change the speed and not the result.
 
     python algos/ppo_envs.py
     python algos/ppo_envs.py --num-envs 1048576 --rollout-length 8 --steps 3
+    torchrun --nproc-per-node 4 algos/ppo_envs.py --num-envs 65536
 
 The first solves CartPole-v1: mean return 500 over 100 evaluation episodes with each of
-seeds 1 to 10, after 655,360 transitions and 18 to 21 seconds on 2 CPU cores.
+seeds 1 to 10, after 655,360 transitions; README.md has the time that takes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import io
 import itertools
@@ -59,14 +62,18 @@ from typing import Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributions as td
 import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+OWN = (  # names whose text may differ from that in grpo.py
+    "open_run", "save_checkpoint", "draw_curve", "parse_args", "check", "evaluate",
+    "describe",
+)  # fmt: skip
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-OWN = "open_run", "save_checkpoint", "draw_curve", "parse_args", "evaluate", "describe"
 PIECE = {"cpu": 2**13, "mps": 2**16, "cuda": 2**20}  # rows at once: fit the cache
 td.Distribution.set_default_validate_args(False)
 
@@ -78,13 +85,9 @@ class Args:
     run_dir: str = ""  # folder of the run (default: runs/ppo_envs/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue, under its own flags
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to act and to learn
-    compile: Literal["auto", "on", "off"] = (
-        "auto"  # torch.compile, CUDA graphs on a GPU
-    )
-    env: str = (
-        "cartpole"  # cartpole, acrobot, pendulum, breakout, gym:<id>, gymnax:<id>
-    )
-    num_envs: int = 256  # environments side by side (N)
+    compile: Literal["auto", "on", "off"] = "auto"  # CUDA graphs on a GPU
+    env: str = "cartpole"  # or acrobot, pendulum, breakout, gym:<id>, gymnax:<id>
+    num_envs: int = 256  # environments side by side (N), over all ranks
     rollout_length: int | None = None  # S; default: 32, more with few environments
     minibatch_size: int = 512  # transitions in a gradient step, whatever --num-envs is
     learning_rate: float = 1e-3  # of Adam, whatever --num-envs is
@@ -241,19 +244,23 @@ BUILT_IN = {
 
 
 class TensorEnv:
-    """N copies of a built-in environment, which start again in the step they end in."""
+    """Copies of a built-in environment, which start again in the step they end in: the
+    N of num_envs that are `mine`. Noise is drawn for all, so that ranks do not change
+    it."""
 
-    def __init__(self, name: str, num_envs: int, args: Args):
+    def __init__(self, name: str, num_envs: int, args: Args, mine: slice):
         with blame(f"--env {name} is none of {', '.join(BUILT_IN)}, gym:, gymnax:<id>"):
             self.rules = BUILT_IN[name]
         self.noise_size, self.obs_size, self.outputs = self.rules.sizes
         self.discrete, self.time_limit = self.rules.discrete, self.rules.time_limit
-        self.num_envs, self.device = num_envs, args.device
+        self.total, self.mine, self.device = num_envs, mine, args.device
+        self.num_envs = len(range(num_envs)[mine])
         self.advance = compiled(self.advance, args)
 
     def noise(self) -> torch.Tensor:
         exact = torch.float32 if self.device == "mps" else torch.float64
-        return torch.rand(self.noise_size, self.num_envs, device=self.device).to(exact)
+        noise = torch.rand(self.noise_size, self.total, device=self.device)
+        return noise[:, self.mine].to(exact)
 
     def reset(self) -> torch.Tensor:
         """The first obs (N, O) of new episodes."""
@@ -279,14 +286,15 @@ class TensorEnv:
         return state, time * ~ended, *result
 
 
-def open_gym(name: str, num_envs: int) -> tuple:
+def open_gym(name: str, num_envs: int, mine: slice) -> tuple:
     """gymnasium's vector API with same-step autoreset: where an episode ends, obs is
     the first of the next one and info holds its last."""
     import gymnasium
 
     kwargs = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
     kwargs = dict(vectorization_mode="sync", vector_kwargs=kwargs)
-    env = gymnasium.make_vec(name, num_envs, **kwargs)
+    places = range(num_envs)[mine]
+    env = gymnasium.make_vec(name, len(places), **kwargs)
 
     def step(seed, state, actions):
         obs, rewards, *ends, info = env.step(actions.cpu().numpy())
@@ -296,18 +304,19 @@ def open_gym(name: str, num_envs: int) -> tuple:
         arrays = obs, rewards.astype(np.float32), *ends, final_obs
         return [], *map(torch.from_numpy, arrays)
 
-    reset = lambda seed: (torch.from_numpy(env.reset(seed=seed)[0]), [])
+    first = lambda seed: env.reset(seed=seed + places[0])[0]
+    reset = lambda seed: (torch.from_numpy(first(seed)), [])
     return env.single_observation_space, env.single_action_space, reset, step
 
 
-def open_gymnax(name: str, num_envs: int) -> tuple:
+def open_gymnax(name: str, num_envs: int, mine: slice) -> tuple:
     """gymnax, or anything with its interface. Arrays go from JAX to PyTorch and back by
     DLPack, not through the host; the state is kept as a list of tensors."""
     import gymnax
     import jax
 
     env, params = gymnax.make(name)
-    keys = lambda seed: jax.random.split(jax.random.PRNGKey(seed), num_envs)
+    keys = lambda seed: jax.random.split(jax.random.PRNGKey(seed), num_envs)[mine]
     tensors = lambda tree: [torch.from_dlpack(x) for x in jax.tree.leaves(tree)]
     all_reset = jax.jit(jax.vmap(lambda key: env.reset(key, params)))
     all_step = jax.jit(jax.vmap(lambda *inputs: env.step(*inputs, params)))
@@ -330,27 +339,25 @@ def open_gymnax(name: str, num_envs: int) -> tuple:
 class OtherEnv:
     """N environments of another library, gym:<id> or gymnax:<id>."""
 
-    def __init__(self, name: str, num_envs: int, args: Args):
+    def __init__(self, name: str, num_envs: int, args: Args, mine: slice):
         library, _, name = name.partition(":")
-        package, opener = {
-            "gym": ("gymnasium", open_gym),
-            "gymnax": ("gymnax", open_gymnax),
-        }[library]
+        known = {"gym": ("gymnasium", open_gym), "gymnax": ("gymnax", open_gymnax)}
+        package, opener = known[library]
         with blame(f"--env {args.env} needs `pip install {package}` and a known id"):
-            opened = opener(name, num_envs)
+            opened = opener(name, num_envs, mine)
             obs_space, self.space, self.open, self.advance = opened
         kinds = type(obs_space).__name__, type(self.space).__name__
         if kinds not in (("Box", "Discrete"), ("Box", "Box")):
             what = f"--env {args.env} has {kinds[0]} observations, {kinds[1]} actions"
             fail(f"{what}: only Box observations, Discrete or Box actions can be used")
-        self.num_envs, self.device, self.time_limit = num_envs, args.device, 10_000
+        self.num_envs = len(range(num_envs)[mine])
+        self.device, self.time_limit = args.device, 10_000
         self.discrete, self.obs_size = (
             kinds[1] == "Discrete",
             math.prod(obs_space.shape),
         )
-        self.outputs = (
-            self.space.n if self.discrete else 2 * math.prod(self.space.shape)
-        )
+        size = self.space.n if self.discrete else 2 * math.prod(self.space.shape)
+        self.outputs = int(size)
 
     def reset(self) -> torch.Tensor:
         obs, self.state = self.open(int(torch.randint(2**31, ())))
@@ -370,10 +377,22 @@ class OtherEnv:
         return obs.flatten(1), *rest, final_obs.flatten(1)
 
 
-def make_env(args: Args, num_envs: int) -> TensorEnv | OtherEnv:
-    """num_envs environments of the kind that --env names; reset comes first."""
+def make_env(args: Args, num_envs: int, mine=slice(None)) -> TensorEnv | OtherEnv:
+    """Those of num_envs environments that are mine, of --env's kind; reset first."""
     kind = OtherEnv if args.env.startswith(("gym:", "gymnax:")) else TensorEnv
-    return kind(args.env, num_envs, args)
+    return kind(args.env, num_envs, args, mine)
+
+
+def share(total: int) -> slice:
+    """This rank's part of total things in a row."""
+    return slice(RANK * total // WORLD_SIZE, (RANK + 1) * total // WORLD_SIZE)
+
+
+def all_reduce(x: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
+    """x summed over torchrun's ranks, in place; x itself in a single process."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(x, getattr(dist.ReduceOp, operation))
+    return x
 
 
 # ------------------------------------ Policy ------------------------------------------
@@ -383,13 +402,15 @@ def compiled(function: Callable, args: Args) -> Callable:
     """function through torch.compile, as CUDA graphs on a GPU; itself if it is off."""
     if args.compile == "off":
         return function
-    mode = "reduce-overhead" if args.device == "cuda" else "default"
-    graph = torch.compile(function, dynamic=False, mode=mode)
+    shapes = None if WORLD_SIZE > 1 else False  # a rank's share of a minibatch varies
+    if args.device != "cuda":
+        return torch.compile(function, dynamic=shapes)
+    graph = torch.compile(function, dynamic=shapes, mode="reduce-overhead")
 
     def call(*inputs):
         """Copies of the outputs, which the next call of a CUDA graph overwrites."""
         torch.compiler.cudagraph_mark_step_begin()
-        return tuple(output.clone() for output in graph(*inputs))
+        return tuple(output.clone() for output in graph(*inputs) or ())
 
     return call
 
@@ -401,42 +422,67 @@ def in_pieces(function: Callable, *tensors: torch.Tensor) -> tuple:
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
 
 
+def mlp(x: torch.Tensor, weights: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """(B, sizes[-1]) of a network with tanh between its layers for x (B, sizes[0]); the
+    matrices and biases of the layers lie one after another in weights (P,)."""
+    shapes = list(itertools.pairwise(sizes))
+    parts = weights.split([count for n, m in shapes for count in (n * m, m)])
+    for i, (n, m) in enumerate(shapes):
+        x = torch.addmm(parts[2 * i + 1], x, parts[2 * i].view(n, m))
+        if i < len(shapes) - 1:
+            x = 2 * torch.sigmoid(2 * x) - 1  # tanh, twice as fast when compiled
+    return x
+
+
+def mlp_weights(sizes: list[int], last_gain: float) -> torch.Tensor:
+    """Orthogonal matrices and zero biases for mlp (P,)."""
+    shapes = list(itertools.pairwise(sizes))
+    parts = []
+    for i, (n, m) in enumerate(shapes):
+        gain = math.sqrt(2) if i < len(shapes) - 1 else last_gain
+        matrix = torch.nn.init.orthogonal_(torch.empty(n, m), gain)
+        parts += [matrix.flatten(), torch.zeros(m)]
+    return torch.cat(parts)
+
+
 class Agent(torch.nn.Module):
-    """Actor, proximal actor and critic (MLPs) and a normaliser: all that is learned."""
+    """The weights theta of actor and critic in one vector, what Adam and PPO-EWMA keep
+    of its past, the normaliser: all that is learned, and all that is saved."""
 
     def __init__(self, env: TensorEnv | OtherEnv, args: Args):
         super().__init__()
         self.discrete, self.args = env.discrete, args
-
-        def mlp(outputs: int, last_gain: float) -> torch.nn.Sequential:
-            sizes = [env.obs_size] + [args.hidden_size] * args.hidden_layers + [outputs]
-            layers = []
-            for n, m in itertools.pairwise(sizes):
-                layers += [torch.nn.Linear(n, m), torch.nn.Tanh()]
-                torch.nn.init.orthogonal_(layers[-2].weight, math.sqrt(2))
-                torch.nn.init.zeros_(layers[-2].bias)
-            torch.nn.init.orthogonal_(layers[-2].weight, last_gain)
-            return torch.nn.Sequential(*layers[:-1])
-
-        self.actor, self.critic = mlp(env.outputs, 0.01), mlp(1, 1.0)
-        self.proximal = copy.deepcopy(self.actor).requires_grad_(False)
-        self.register_buffer("mean", torch.zeros(env.obs_size))
-        self.register_buffer("var", torch.ones(env.obs_size))
-        for name, value in (("count", 0.0), ("weight", 1.0), ("age", 0.0)):
-            self.register_buffer(name, torch.tensor(value))
+        hidden = [args.hidden_size] * args.hidden_layers
+        self.sizes = [[env.obs_size, *hidden, n] for n in (env.outputs, 1)]
+        actor, critic = map(mlp_weights, self.sizes, (0.01, 1.0))
+        self.parts, theta = [len(actor), len(critic)], torch.cat([actor, critic])
+        tensors = {"theta": theta, "proximal": actor.clone()}
+        tensors |= {"adam_mean": 0 * theta, "adam_var": 0 * theta}
+        tensors |= {"mean": torch.zeros(env.obs_size), "var": torch.ones(env.obs_size)}
+        tensors["seen"] = torch.zeros(())  # transitions in mean and var
+        # steps of Adam, of PPO-EWMA the sum of the weights and the mean age
+        tensors["past"] = torch.tensor([0.0, 1.0, 0.0])
+        for name, x in tensors.items():
+            self.register_buffer(name, x)
+        # of the minibatch, the one before it, and the batch: not saved
+        self.register_buffer("gradient", 0 * theta, persistent=False)
+        self.register_buffer("last", 0 * actor, persistent=False)
+        self.register_buffer("sums", torch.zeros(8), persistent=False)
+        self.act = compiled(self.act, args)
+        functions = add_and_descend, add_gradient, descend
+        self.graphs = [compiled(function, args) for function in functions]
 
     def normalize(self, obs: torch.Tensor) -> torch.Tensor:
         return ((obs - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
     def see(self, obs: torch.Tensor) -> None:
         """Take obs (B, O) into the running mean and variance (Chan et al. 1979)."""
-        for part in obs.split(2**16):
-            var, mean = torch.var_mean(part.float(), 0, correction=0)
-            delta, total = mean - self.mean, self.count + len(part)
-            old, new = self.count / total, len(part) / total
-            self.var.mul_(old).add_(new * var + old * new * delta**2)
-            self.mean.add_(new * delta)
-            self.count.copy_(total)
+        (mean, var), count = moments(obs), len(obs) * WORLD_SIZE
+        delta, total = mean - self.mean, self.seen + count
+        old, new = self.seen / total, count / total
+        self.var.mul_(old).add_(new * var + old * new * delta**2)
+        self.mean.add_(new * delta)
+        self.seen.copy_(total)
 
     def policy(self, outputs: torch.Tensor) -> td.Distribution:
         if self.discrete:
@@ -445,32 +491,45 @@ class Agent(torch.nn.Module):
         return td.Independent(td.Normal(mean, log_std.exp()), 1)
 
     def value(self, obs: torch.Tensor) -> tuple[torch.Tensor]:
-        return (self.critic(self.normalize(obs))[:, 0],)
+        critic = self.theta.split(self.parts)[1]
+        return (mlp(self.normalize(obs), critic, self.sizes[1])[:, 0],)
 
     def outputs(self, obs: torch.Tensor) -> tuple[torch.Tensor]:
-        return (self.actor(self.normalize(obs)),)
+        actor = self.theta.split(self.parts)[0]
+        return (mlp(self.normalize(obs), actor, self.sizes[0]),)
 
-    def act(self, obs: torch.Tensor) -> tuple:
+    def noise(self, num_envs: int) -> torch.Tensor:
+        """What act needs to draw an action in each environment: uniform (N, 1), or
+        normal (N, A)."""
+        if self.discrete:
+            return torch.rand(num_envs, 1, device=self.theta.device)
+        shape = num_envs, self.sizes[0][-1] // 2
+        return torch.randn(shape, device=self.theta.device)
+
+    def act(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
         """Actions drawn for obs (B, O), their log-probs and the values, (B,)."""
-        x = self.normalize(obs)
-        policy = self.policy(self.actor(x))
-        actions = policy.sample()
-        if self.discrete and policy.param_shape[-1] <= 256:
-            actions = actions.byte()
-        return actions, policy.log_prob(actions), self.critic(x)[:, 0]
+        policy = self.policy(*self.outputs(obs))
+        if self.discrete:
+            actions = (policy.probs.cumsum(-1)[:, :-1] <= noise).sum(-1)
+            actions = actions.byte() if policy.param_shape[-1] <= 256 else actions
+        else:
+            actions = policy.mean + policy.stddev * noise
+        return actions, policy.log_prob(actions), *self.value(obs)
 
-    def loss(self, obs, actions, old_logprobs, advantages, returns) -> tuple:
+    def loss(self, theta, obs, actions, old_logprobs, advantages, returns) -> tuple:
         """-J of a piece of a minibatch, and what the metrics say of it (4,): sums."""
         x, prox_logprobs = self.normalize(obs), old_logprobs
-        policy = self.policy(self.actor(x))
+        actor, critic = theta.split(self.parts)
+        policy = self.policy(mlp(x, actor, self.sizes[0]))
         if self.args.ewma_com:
-            with torch.no_grad():
-                prox_logprobs = self.policy(self.proximal(x)).log_prob(actions)
+            proximal = self.policy(mlp(x, self.proximal, self.sizes[0]))
+            prox_logprobs = proximal.log_prob(actions)
         logprobs = policy.log_prob(actions), old_logprobs, prox_logprobs
         losses, clipped = ppo_loss(*logprobs, advantages, self.args.clip)
-        errors, entropy = (self.critic(x)[:, 0] - returns) ** 2 / 2, policy.entropy()
+        errors = (mlp(x, critic, self.sizes[1])[:, 0] - returns) ** 2 / 2
+        entropy = policy.entropy()
         loss = losses + self.args.value_coef * errors - self.args.entropy_coef * entropy
-        terms = losses, errors, entropy, clipped.float()
+        terms = losses, errors, entropy, clipped.to(loss)
         return loss.sum(), torch.stack([term.detach().sum() for term in terms])
 
 
@@ -478,14 +537,16 @@ class Agent(torch.nn.Module):
 
 
 @torch.no_grad()
-def collect(agent, act: Callable, env, live: dict, batch: dict, args: Args) -> tuple:
+def collect(agent, env, live: dict, batch: dict, args: Args) -> tuple:
     """S steps of all environments into batch, tensors (S, N, ...) in the dtype they
     come in. live: "obs", "episode" (2, N), return and length so far. Gives sums over
     the finished episodes (return, length, 1), points in time around act and step."""
+    mine = share(args.num_envs)
     totals, clock = torch.zeros(3, device=args.device), []
     for s in range(args.rollout_length):
         clock.append(now(args.device))
-        actions, logprobs, values = in_pieces(act, live["obs"])
+        noise = agent.noise(args.num_envs)[mine]
+        actions, logprobs, values = in_pieces(agent.act, live["obs"], noise)
         clock.append(now(args.device))
         obs, rewards, terminated, truncated, final_obs = env.step(actions)
         clock.append(now(args.device))
@@ -507,7 +568,7 @@ def collect(agent, act: Callable, env, live: dict, batch: dict, args: Args) -> t
     following = [*batch["values"][1:], *in_pieces(agent.value, obs)]
     for s, ended in enumerate(batch["terminated"] | batch["truncated"]):
         batch["next_values"][s] += following[s] * ~ended
-    return totals, [*clock, now(args.device)]
+    return all_reduce(totals), [*clock, now(args.device)]
 
 
 def now(device: str) -> float | torch.cuda.Event:
@@ -524,12 +585,13 @@ def describe(stats: dict, totals, clock: list, start: float, batch: dict) -> dic
     names = "episode_return", "episode_length", "episodes"
     stats |= dict(zip(names, [*totals[:2] / totals[2], totals[2]]))
     values = torch.stack([*stats.values()]).tolist()
-    end, count = time.perf_counter(), batch["rewards"].numel()
+    end, count = time.perf_counter(), batch["rewards"].numel() * WORLD_SIZE
     span = lambda a, b: b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3
     act_time = sum(map(span, clock[0:-1:3], clock[1::3]))
     env_time = sum(map(span, clock[1::3], clock[2::3]))
     rollout = span(clock[0], clock[-1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if torch.cuda.is_initialized():
         peak = torch.cuda.max_memory_allocated()
     return {name: x for name, x in zip(stats, values) if math.isfinite(x)} | {
@@ -575,68 +637,120 @@ def ppo_loss(logprobs, old_logprobs, prox_logprobs, advantages, clip) -> tuple:
     return -torch.minimum(surrogate, clipped), (bounded - ratio) * advantages < 0
 
 
-def ewma_update(average, parameters, weight, age, com: float) -> tuple:
-    """Take parameters into their average, in place: those k steps old weigh beta^k.
-    Gives the new sum of the weights and the mean age in steps (2110.00641)."""
+def ewma_update(average, weights, total, age, com: float) -> tuple:
+    """Take weights into their average, in place: those k steps old weigh beta^k. Gives
+    the new sum of these and their mean age in steps (2110.00641)."""
     beta = com / (1 + com)
-    total = beta * weight + 1
-    for old, new in zip(average, parameters):
-        old.lerp_(new.detach(), 1 / total)
-    return total, beta * weight / total * (age + 1)
+    new = 1 / (beta * total + 1)  # the share of weights
+    average.lerp_(weights, new)
+    return 1 / new, (age + 1) * (1 - new)
 
 
-def learn(agent, loss_of: Callable, optimizer, batch: dict, args: Args) -> dict:
+def add_gradient(agent: Agent, *part: torch.Tensor) -> None:
+    """Add the gradient of the loss of part of a minibatch, and its statistics."""
+    if torch.compiler.is_compiling():
+        gradient, terms = torch.func.grad(agent.loss, has_aux=True)(agent.theta, *part)
+    else:
+        with torch.enable_grad():
+            theta = agent.theta.detach().requires_grad_()
+            loss, terms = agent.loss(theta, *part)
+            (gradient,) = torch.autograd.grad(loss, theta)
+    agent.gradient += gradient
+    agent.sums[:4] += terms
+
+
+def descend(agent: Agent) -> None:
+    """A step of Adam (1412.6980, algorithm 1) down the gradient of a minibatch."""
+    args, (size, learning_rate) = agent.args, recipe(agent.args)
+    gradient = agent.gradient / size
+    actor = gradient[: agent.parts[0]]
+    # disjoint transitions: g.g' is |G|^2, |g - g'|^2 / 2 the noise of one, on average
+    spread = ((actor - agent.last) ** 2).sum() * (agent.last != 0).any() / 2
+    norm, (updates, total, age) = gradient.norm(), agent.past.unbind()
+    agent.sums[4:] += torch.stack([size * spread, actor @ agent.last, norm, age])
+    agent.last.copy_(actor)
+    gradient = gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+    agent.adam_mean.lerp_(gradient, 0.1)
+    agent.adam_var.lerp_(gradient**2, 0.001)
+    mean, var = (
+        x / -torch.expm1((updates + 1) * math.log(beta))  # 1 - beta^t
+        for x, beta in ((agent.adam_mean, 0.9), (agent.adam_var, 0.999))
+    )
+    agent.theta -= learning_rate * mean / (var.sqrt() + 1e-5)
+    agent.gradient.zero_()
+    age, actor = age + 1, agent.theta[: agent.parts[0]]
+    if args.ewma_com:
+        total, age = ewma_update(agent.proximal, actor, total, age - 1, args.ewma_com)
+    agent.past.copy_(torch.stack([updates + 1, total, age]))
+
+
+def add_and_descend(agent: Agent, *minibatch: torch.Tensor) -> None:
+    """Both, to be compiled as one graph."""
+    add_gradient(agent, *minibatch)
+    descend(agent)
+
+
+def moments(x: torch.Tensor) -> tuple:
+    """Mean and variance over the rows of x (B, ...) of all ranks."""
+    parts, count = x.split(2**16), len(x) * WORLD_SIZE
+    mean = all_reduce(sum(part.sum(0) for part in parts)) / count
+    return mean, all_reduce(sum(((y - mean) ** 2).sum(0) for y in parts)) / count
+
+
+@torch.no_grad()
+def learn(agent: Agent, batch: dict, args: Args) -> dict:
     """--epochs passes of Adam over the batch; their statistics, left on the device."""
     names = "rewards", "values", "next_values", "terminated", "truncated"
     advantages, returns = gae(*(batch[x] for x in names), args.gamma, args.gae_lambda)
-    explained = 1 - advantages.var() / returns.var()
-    advantages.sub_(advantages.mean()).div_(advantages.std() + 1e-8)
+    (mean, var), (_, spread) = (moments(x.flatten()) for x in (advantages, returns))
+    advantages.sub_(mean).div_(var.sqrt() + 1e-8)
     data = [batch["obs"], batch["actions"], batch["logprobs"], advantages, returns]
     data, (size, _) = [x.flatten(0, 1) for x in data], recipe(args)
-    total, actor, weights = len(data[0]), agent.actor.parameters, agent.parameters
-    few = data[0][:: -(-total // 2**18)]
-    with torch.no_grad():
-        before = agent.policy(*in_pieces(agent.outputs, few))
+    total, few = args.num_envs * args.rollout_length, data[0]
+    few = few[:: -(-len(few) // 2**18)]
+    before = agent.policy(*in_pieces(agent.outputs, few))
     # neighbours are different environments: shuffling blocks of them is as good
-    block = math.gcd(size, args.num_envs, 2 ** max(0, total.bit_length() - 21))
+    most = 2 ** max(0, total.bit_length() - 21)
+    block = math.gcd(size, args.num_envs // WORLD_SIZE, most)
     blocks = [x.view(-1, block, *x.shape[1:]) for x in data]
-    sums, noise, norm, age = torch.zeros(8, device=args.device).split([4, 2, 1, 1])
-    last = None
-    agent.age *= args.ewma_com > 0  # plain PPO: pi_prox begins as pi
+    width, piece = args.num_envs // block, max(1, PIECE[args.device] // block)
+    whole = WORLD_SIZE == 1 and size <= piece * block  # all of it in one graph
+    both, add, step = agent.graphs
+    agent.sums.zero_()
+    agent.past[2] *= args.ewma_com > 0  # plain PPO: pi_prox begins as pi
     for _ in range(args.epochs):
+        agent.last.zero_()
         order = torch.randperm(total // block, device=args.device)
-        for i, rows in enumerate(order.split(size // block)):
-            for part in rows.split(max(1, PIECE[args.device] // block)):
-                loss, terms = loss_of(*(x[part].flatten(0, 1) for x in blocks))
-                (loss / size).backward()
-                sums += terms
-            g = torch.cat([p.grad.flatten() for p in actor()])
-            last = last if i else g  # of the minibatch before, disjoint transitions
-            noise += torch.stack(
-                [size * ((g - last) ** 2).sum() / 2, g @ last * (i > 0)]
-            )
-            last = g
-            norm += torch.nn.utils.clip_grad_norm_(weights(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
-            age += agent.age
-            agent.age += 1
-            if args.ewma_com:
-                pair = agent.proximal.parameters(), actor()
-                state = agent.weight, agent.age - 1, args.ewma_com
-                agent.weight, agent.age = ewma_update(*pair, *state)
-    with torch.no_grad():
-        after = agent.policy(*in_pieces(agent.outputs, few))
-    kl, updates = td.kl_divergence(before, after).mean(), args.epochs * total // size
+        for rows in order.split(size // block):
+            if WORLD_SIZE > 1:
+                rows = own_rows(rows, width)
+            for i in rows.split(piece):
+                part = [x.index_select(0, i).flatten(0, 1) for x in blocks]
+                (both if whole else add)(agent, *part)
+            if not whole:
+                all_reduce(agent.gradient)
+                step(agent)
+    after = agent.policy(*in_pieces(agent.outputs, few))
+    kl = all_reduce(td.kl_divergence(before, after).mean()) / WORLD_SIZE
+    terms, rest = agent.sums.clone().split(4)
+    terms, updates = all_reduce(terms) / args.epochs / total, args.epochs * total / size
     names = "policy_loss", "value_loss", "entropy", "clip_fraction"
-    return dict(zip(names, sums / (args.epochs * total))) | {
+    return dict(zip(names, terms)) | {
         "kl": kl,
         "ddr": total / kl,
-        "gradient_noise_scale": noise[0] / noise[1].clamp(min=0),
-        "proximal_age": age[0] / updates,
-        "grad_norm": norm[0] / updates,
-        "explained_variance": explained,
+        "gradient_noise_scale": rest[0] / rest[1].clamp(min=0),
+        "grad_norm": rest[2] / updates,
+        "proximal_age": rest[3] / updates,
+        "explained_variance": 1 - var / spread,
     }
+
+
+def own_rows(rows: torch.Tensor, width: int) -> torch.Tensor:
+    """Which of rows, places in (S, width) of all ranks, are this rank's; and their
+    places there."""
+    mine, column = share(width), rows % width
+    rows = rows[(column >= mine.start) & (column < mine.stop)]
+    return rows // width * (mine.stop - mine.start) + rows % width - mine.start
 
 
 # ----------------------------------- Evaluation ---------------------------------------
@@ -679,7 +793,8 @@ def open_run(args: Args, step: int) -> None:
         about = {"python": sys.version, "torch": torch.__version__}
         about |= {"numpy": np.__version__, "commit": commit.strip()}
         about |= {"hardware": f"{os.cpu_count()} CPU cores, {gpu}", "args": vars(args)}
-        (run_dir / "args.json").write_text(json.dumps(about, indent=1))
+        (run_dir / "args.new").write_text(json.dumps(about, indent=1))
+        (run_dir / "args.new").replace(run_dir / "args.json")
 
 
 def write_logs(args: Args, metrics: dict, sample: dict) -> None:
@@ -708,9 +823,8 @@ def save_checkpoint(run_dir: Path, state: dict) -> None:
     """checkpoint/ of the run, written beside, then renamed: one is always whole."""
     new, last, old = (run_dir / f"checkpoint{x}" for x in (".new", "", ".old"))
     try:
-        with blame(
-            f"cannot save step {state['step']} in {run_dir} (the last save is whole)"
-        ):
+        step = state["step"]
+        with blame(f"cannot save step {step} in {run_dir} (the last save is whole)"):
             new.mkdir(exist_ok=True)
             torch.save(state, new / "state.pt")
             for path in [*new.iterdir(), new]:
@@ -718,6 +832,7 @@ def save_checkpoint(run_dir: Path, state: dict) -> None:
                 os.fsync(descriptor)
                 os.close(descriptor)
             if last.exists():
+                shutil.rmtree(old, ignore_errors=True)
                 last.rename(old)
             new.rename(last)
     finally:
@@ -752,6 +867,38 @@ def read_flags(default: Args | None = None) -> Args:
         raise
 
 
+def check(args: Args) -> None:
+    """Refuse flags that cannot be; fill in --rollout-length, --compile."""
+    may_be_0 = "seed", "ewma_com", "gamma", "gae_lambda", "value_coef", "entropy_coef"
+    for name, value in vars(args).items():
+        number, zero = type(value) in (int, float), value == 0 and name in may_be_0
+        if number and not (zero or 0 < value < math.inf):  # nan is neither
+            fail(f"--{name.replace('_', '-')} is {value}: it must be above 0")
+    if args.rollout_length is None:  # 32, or more for 8 minibatches; whole ones
+        unit = args.minibatch_size // math.gcd(args.minibatch_size, args.num_envs)
+        steps = max(32, 8 * args.minibatch_size / args.num_envs)
+        args.rollout_length = math.ceil(steps / unit) * unit
+    batch, (size, _) = args.num_envs * args.rollout_length, recipe(args)
+    has = f"the batch of --num-envs x --rollout-length = {batch} transitions"
+    for wrong, message in (
+        (args.num_envs % WORLD_SIZE, f"{WORLD_SIZE} ranks do not divide --num-envs"),
+        (max(args.gamma, args.gae_lambda) > 1, "--gamma, --gae-lambda: at most 1"),
+        (args.clip >= 1, "--clip must be below 1"),
+        (not 0 < size <= batch, f"minibatches of {size} are 0 or larger than {has}"),
+        (size and batch % size, f"minibatches of {size} do not divide {has}"),
+    ):
+        if wrong:
+            fail(message)
+    if args.compile == "auto":  # on a CPU it takes 10 s, then twice the speed or more
+        updates = args.steps * args.epochs * batch / size
+        args.compile = "on" if args.device == "cuda" or updates > 2**14 else "off"
+    try:
+        compiled(torch.neg, args)(torch.zeros(2, device=args.device))
+    except Exception as e:
+        print(f"torch.compile is off: {str(e).splitlines()[0]}")
+        args.compile = "off"
+
+
 def parse_args() -> Args:
     """The flags, checked and completed; those of the run itself if one is resumed."""
     args = read_flags()
@@ -770,110 +917,107 @@ def parse_args() -> Args:
                 fail(f"{flag} contradicts the run in {args.resume}: it has {value!r}")
         if args.steps <= done:
             fail(f"{args.resume} is at step {done} already: give more --steps")
-    may_be_0 = "seed", "ewma_com", "gamma", "gae_lambda", "value_coef", "entropy_coef"
-    for name, value in vars(args).items():
-        number, zero = type(value) in (int, float), value == 0 and name in may_be_0
-        if number and not (zero or 0 < value < math.inf):  # nan is neither
-            fail(f"--{name.replace('_', '-')} is {value}: it must be above 0")
     now = time.strftime("%Y%m%d-%H%M%S")
-    args.run_dir = args.run_dir or f"runs/ppo_envs/{now}-s{args.seed}"
+    args.run_dir = args.run_dir or f"runs/{Path(__file__).stem}/{now}-s{args.seed}"
     found = [x for x in ("cuda", "mps") if getattr(torch, x).is_available()] + ["cpu"]
     if args.device == "auto":
         args.device = found[0]
-    if args.rollout_length is None:  # 32, or more for 8 minibatches; whole ones
-        unit = args.minibatch_size // math.gcd(args.minibatch_size, args.num_envs)
-        steps = max(32, 8 * args.minibatch_size / args.num_envs)
-        args.rollout_length = math.ceil(steps / unit) * unit
-    exists = Path(args.run_dir).exists() and not args.resume
-    batch, (size, _) = args.num_envs * args.rollout_length, recipe(args)
-    has = f"the batch of --num-envs x --rollout-length = {batch} transitions"
-    for wrong, message in (
-        (WORLD_SIZE > 1, "this script is one process: start it without torchrun"),
-        (max(args.gamma, args.gae_lambda) > 1, "--gamma, --gae-lambda: at most 1"),
-        (args.clip >= 1, "--clip must be below 1"),
-        (args.device not in found, f"there is no {args.device} here: use --device cpu"),
-        (not 0 < size <= batch, f"minibatches of {size} are 0 or larger than {has}"),
-        (size and batch % size, f"minibatches of {size} do not divide {has}"),
-        (exists, f"{args.run_dir} exists: give another --run-dir, or --resume it"),
-    ):
-        if wrong:
-            fail(message)
-    if args.compile == "auto":  # 12 s, then twice the speed on a CPU
-        pays = args.device == "cuda" or batch >= 2**18
-        args.compile = "on" if pays else "off"
-    try:
-        compiled(torch.neg, args)(torch.zeros(2, device=args.device))
-    except Exception as e:
-        print(f"torch.compile is off: {str(e).splitlines()[0]}")
-        args.compile = "off"
+    if args.device not in found:
+        fail(f"there is no {args.device} here: use --device cpu")
+    if Path(args.run_dir).exists() and not args.resume:
+        fail(f"{args.run_dir} exists: give another --run-dir, or --resume it")
+    check(args)
     return args
 
 
-def train(args: Args) -> None:
+def train(args: Args) -> int:
     """Act, learn, log; evaluate and save every now and then."""
     torch.manual_seed(args.seed)
     test_env = make_env(dataclasses.replace(args, compile="off"), args.eval_episodes)
-    env = make_env(args, args.num_envs)
-    agent, step = Agent(env, args).to(args.device), 0
-    parameters = [p for p in agent.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, recipe(args)[1], eps=1e-5, fused=True)
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
-    live = {"obs": env.reset(), "episode": torch.zeros(2, args.num_envs)}
+    env, step = make_env(args, args.num_envs, share(args.num_envs)), 0
+    agent = Agent(env, args).to(args.device)
+    live = {"obs": env.reset(), "episode": torch.zeros(2, env.num_envs)}
     live["episode"] = live["episode"].to(args.device)
     if args.resume:
         path = Path(args.run_dir, "checkpoint", "state.pt")
         state = torch.load(path, map_location=args.device, weights_only=True)
+        if len(state["ranks"]) != WORLD_SIZE:
+            count = len(state["ranks"])
+            fail(f"{args.run_dir} is a run of {count} ranks, not {WORLD_SIZE}")
         agent.load_state_dict(state["agent"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-        if state["env"]:
-            live, env.state = state["live"], state["env"]
-    act, loss_of = compiled(agent.act, args), compiled(agent.loss, args)
-    run_dir, stopping, batch = Path(args.run_dir), [], {}
-    open_run(args, step)
-    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step first, then save
-        stop = lambda *_: sys.exit(130) if stopping else stopping.append(1)
-        signal.signal(number, stop)
+        step, (saved_live, saved_env) = state["step"], state["ranks"][RANK]
+        if saved_env:
+            live, env.state = saved_live, saved_env
+    run_dir, stops, batch = Path(args.run_dir), [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
+        signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
+    if RANK == 0:
+        open_run(args, step)
     metrics = {"step": step, "transitions": 0}
     if step == 0:
         metrics |= evaluate(agent, test_env, args)
         write_logs(args, metrics, {})
     score = metrics.get("eval/episode_return", math.nan)
-    bar = tqdm(range(step + 1, args.steps + 1), initial=step, total=args.steps)
+    steps = range(step + 1, args.steps + 1)
+    bar = tqdm(steps, initial=step, total=args.steps, disable=RANK > 0)
     for step in bar:
         torch.manual_seed(args.seed * 10**9 + step)  # no state of it to save
         start = time.perf_counter()
-        totals, clock = collect(agent, act, env, live, batch, args)
-        stats = learn(agent, loss_of, optimizer, batch, args)
+        totals, clock = collect(agent, env, live, batch, args)
+        stats = learn(agent, batch, args)
         agent.see(batch["obs"].flatten(0, 1))
-        metrics = {"step": step, "transitions": step * batch["rewards"].numel()}
+        transitions = step * args.num_envs * args.rollout_length
+        metrics = {"step": step, "transitions": transitions}
         metrics |= describe(stats, totals, clock, start, batch)
         if step % args.eval_every == 0 or step == args.steps:
             metrics |= evaluate(agent, test_env, args)
             score = metrics["eval/episode_return"]
+        stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0
         first = {name: batch[name][:, 0].tolist() for name in ("actions", "rewards")}
         write_logs(args, metrics, first)
-        if bar.n == bar.initial:
+        if step == steps[0] and RANK == 0:
             stored = [*batch.values(), *env.state, *live.values()]
-            size = sum(x.nbytes for x in stored) // args.num_envs
+            size = sum(x.nbytes for x in stored) // env.num_envs
             size += 8 * args.rollout_length  # advantages and returns
             tqdm.write(f"memory: {size:,} bytes of tensors per environment")
         now_at = {"return": metrics.get("episode_return", math.nan), "test": score}
         bar.set_postfix(now_at | {"steps/s": metrics["steps_per_second"]})
-        if stopping or step % args.save_every == 0 or step == args.steps:
-            state = {"step": step, "live": live, "env": env.state}
-            state |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-            save_checkpoint(run_dir, state)
-            draw_curve(run_dir)
-        if stopping:
-            print(f"stopped and saved; go on with --resume {run_dir}")
-            sys.exit(130)
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-    for name in [name for name in records[0] if name.startswith("eval/")]:
-        print(f"{name:20} first {records[0][name]:.1f}  last {records[-1][name]:.1f}")
-    print(f"run folder: {run_dir}")
+        if stop or step % args.save_every == 0 or step == args.steps:
+            mine = {k: x.cpu() for k, x in live.items()}, [x.cpu() for x in env.state]
+            ranks = [mine] * WORLD_SIZE
+            if WORLD_SIZE > 1:
+                dist.all_gather_object(ranks, mine)
+            if RANK == 0:
+                state = {"step": step, "agent": agent.state_dict(), "ranks": ranks}
+                save_checkpoint(run_dir, state)
+                draw_curve(run_dir)
+        if stop:
+            print(f"stopped after step {step}; to go on: --resume {run_dir}")
+            return 130
+    if RANK == 0:
+        logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+        for name in [name for name in logs[0] if name.startswith("eval/")]:
+            print(f"{name:20} first {logs[0][name]:.1f}  last {logs[-1][name]:.1f}")
+        print(f"run folder: {run_dir}")
+    return 0
+
+
+def main() -> None:
+    """The run that the command line asks for."""
+    args = parse_args()
+    if WORLD_SIZE > 1:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    try:
+        code = train(args)
+    except KeyboardInterrupt:  # before the first step: there is nothing to save
+        sys.exit(130)
+    if WORLD_SIZE > 1:
+        dist.barrier()  # a rank that leaves before the others makes them fail
+        dist.destroy_process_group()
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    train(parse_args())
+    main()
