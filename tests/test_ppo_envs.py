@@ -720,7 +720,7 @@ def test_ranks_learn_something_else(torchrun, tmp_path, run, capsys):
             keep = [k for k in alone if not re.search("second|memory", k)]
             here, alone = ({k: x[k] for k in keep} for x in (here, alone))
             noise = [x.pop("gradient_noise_scale", 1.0) for x in (here, alone)]
-            assert noise[0] == pytest.approx(noise[1], rel=1e-2)  # a ratio of small sums
+            assert noise[0] == pytest.approx(noise[1], rel=1e-2)  # of small sums
             assert here == pytest.approx(alone, rel=1e-5, abs=1e-8)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as stop:
