@@ -9,7 +9,8 @@ transformers, numpy, matplotlib and tqdm; where tyro is missing, a stand-in of 2
 reads the scripts' flags. Each part is a process of its own (a copy of this one, so that
 nothing is imported twice) with its own time: one that fails or is late leaves its error
 and what it had measured, and the others run.
-Writes benchmarks/results/gpu-<name>.json after each part; exit code 1 if one failed.
+Writes benchmarks/results/gpu-<name>.json (runs/gpu-smoke.json) after each part; exit
+code 1 if one failed.
 """
 
 from __future__ import annotations
@@ -77,8 +78,11 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="in small, on a CPU")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--seconds", type=float, help="for all of it (default: 470)")
-    parser.add_argument("--out", default=str(memory.ROOT / "benchmarks" / "results"))
+    parser.add_argument("--out", help="folder (default: benchmarks/results; runs)")
     flags = parser.parse_args()
+    where = "runs" if flags.smoke else "benchmarks/results"
+    out = Path(flags.out or memory.ROOT / where)
+    out.mkdir(parents=True, exist_ok=True)
     sizes, slow = (SMOKE, 10) if flags.smoke else (Sizes(), 1)
     begin, seconds = time.perf_counter(), flags.seconds or 470 * slow
     # CUDA begins in the parts alone: a process that has begun it cannot be copied
@@ -112,7 +116,7 @@ def main() -> int:
         result["parts"][part] = row
         print(f"{part}: {error or 'ok'}, {row['seconds']:.0f} s", flush=True)
         text = json.dumps(result, indent=1) + "\n"
-        Path(flags.out, f"gpu-{name}.json").write_text(text)
+        Path(out, f"gpu-{name}.json").write_text(text)
     return int(not all(row["ok"] for row in result["parts"].values()))
 
 
