@@ -7,8 +7,8 @@ RL learns nothing. But some FLOPs were spent once to find one right answer (a tr
 it. Let the model answer from somewhere inside that trace, and it is right now and then:
 
     x                a hard problem: no sample of --hard-k by the base model is right
-    z                its trace: the first right one of at most --trace-cap more samples
-                     by the base model or by --trace-model, or one given by --traces
+    z                its trace: the first right one of at most --trace-cap samples by
+                     --trace-model, or one given by --traces
     x_h = x z_<h     a prefixed problem: h tokens of z stand at the start of the answer,
                      --prefix-low |z| <= h <= --prefix-high |z|
     y_i              completions of x or of x_h, a group of each, all drawn from pi
@@ -42,8 +42,11 @@ A learning rate of 1e-6 and 128 prompts a step are the paper's, as far as it is 
     python algos/prefixrl.py --model Qwen/Qwen3-0.6B --data train.jsonl --hard-k 512 \\
         --trace-cap 2500 --prompts-per-step 128 --max-new-tokens 4096
 
-The first learns Countdown with four numbers from a model that knows three, with nothing
-to download.
+The first, with nothing to download, learns chains of nine moves, all of one skill, from
+a model that does a move right one time in three and a whole chain never. Its traces are
+those of a better model (--trace-model careful): what it costs to sample them is counted,
+the training of neither is. With --trace-model base, from a base model that is right now
+and then, plain RL wins: it learns a lot from each right answer that the search finds.
 """
 
 from __future__ import annotations
@@ -82,7 +85,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # names whose text may differ from that in the other scripts
-OWN = ("CURVE", "check", "evaluate")
+OWN = ("CURVE", "TASKS", "check", "evaluate")
 CURVE = "eval/(hard_)?pass@.*"  # metrics that curve.png shows
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -91,19 +94,19 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 @dataclasses.dataclass
 class Args:
     seed: int = 1  # of the data order, the sampling and the built-in model
-    steps: int = 400  # batches in the whole run, those before a --resume included
+    steps: int = 250  # batches in the whole run, those before a --resume included
     run_dir: str = ""  # folder of the run (default: runs/prefixrl/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue, under its own flags
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products
     model: str = "tiny"  # tiny (built in), a local folder or a hub name
-    task: str = "countdown-4"  # countdown-4, -5, ... (numbers) or a task.py
+    task: str = "chain"  # chain-9 (moves), -8, ... or a task.py
     data: str = ""  # JSONL file of {"prompt": ..., "answer": ...}, instead of --task
     eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)
     candidates: int = 96  # problems among which the hard ones are looked for
     hard_k: int = 64  # samples that must all be wrong for a problem to be hard
-    trace_cap: int = 2000  # more samples of a hard problem at most, to find a trace
-    trace_model: str = ""  # samples the traces (default: the base model itself)
+    trace_cap: int = 500  # more samples of a hard problem at most, to find a trace
+    trace_model: str = ""  # samples them: base (for tiny: careful), folder, hub name
     traces: str = ""  # JSONL of {"prompt": ..., "ids" or "text": ...} instead
     strict_traces: bool = False  # stop at a bad line of --traces, do not skip it
     prefixes_per_problem: int = 3  # cut from each trace; 0: plain RL
@@ -116,7 +119,7 @@ class Args:
     max_flops: float = 0.0  # end the run once this much is spent (0: after --steps)
     prompts_per_step: int = 32  # prompts in a batch, over all ranks
     group_size: int = 8  # completions of each prompt (G)
-    max_new_tokens: int = 32  # length at which a completion is cut off
+    max_new_tokens: int = 16  # length at which a completion is cut off
     temperature: float = 1.0  # of sampling, and inside every log-prob
     learning_rate: float | None = None  # default: 3e-4 for tiny, 1e-6 for other models
     warmup_steps: int = 10  # steps over which the learning rate rises
@@ -131,7 +134,7 @@ class Args:
     normalization: Literal["token", "sequence", "constant"] = "token"  # w and Z above
     kl_coef: float = 0.0  # beta: weight of the KL to the initial model
     mask_truncated: bool = False  # leave cut-off completions out of the loss
-    eval_every: int = 100  # steps between evaluations
+    eval_every: int = 50  # steps between evaluations
     eval_prompts: int = 128  # problems of a kind in an evaluation
     eval_samples: int = 8  # completions of each of them
     save_every: int = 100  # steps between checkpoints
@@ -165,49 +168,36 @@ class Problem(NamedTuple):
     solution: str = ""
 
 
-OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
-OPERATORS["/"] = lambda a, b: a // b if b and a % b == 0 else -1  # -1 is never a result
+MOVES = {"+": 1, "-": -1, "*": 3}
+SLIPS = {"tiny": 0.68, "careful": 0.1}  # in the answers that a model starts from
 
 
-def countdown_problems(split: str, seed: int, size: int) -> Iterator[Problem]:
-    """Endless problems such as "3 5 7 2=24:" with the answer "3*5=15;15+7=22;22+2=24":
-    each number and each result is used once. The sorted numbers and the target decide
-    whether a problem is held out, so the splits share none."""
+def chain_problems(
+    split: str, seed: int, size: int, slips: float = 0.0
+) -> Iterator[Problem]:
+    """Endless problems such as "8+*-:" with the answer "921": from a digit on, each of
+    `size` moves goes up by 1, down by 1 or up by 3, modulo 10. The worked answers have
+    a share of slips, steps to any wrong digit. The prompt decides what is held out."""
     rng = random.Random(f"{split} {seed}")
     while True:
-        given = rng.choices(range(1, 16), k=size)
-        pool, steps = list(given), []
-        while len(pool) > 1 and 0 <= pool[-1] <= 99:
-            a, b = (pool.pop(rng.randrange(len(pool))) for _ in "ab")
-            sign = rng.choice("+-*/")
-            pool.append(OPERATORS[sign](a, b))
-            steps.append(f"{a}{sign}{b}={pool[-1]}")
-        held_out = random.Random(f"{sorted(given)} {pool}").random() < 1 / 8
-        if 0 <= pool[-1] <= 99 and held_out == (split == "eval"):
-            prompt = f"{' '.join(map(str, given))}={pool[0]}:"
-            yield Problem(prompt, [given, pool[0]], ";".join(steps))
+        start, moves = rng.randrange(10), "".join(rng.choices([*MOVES], k=size))
+        prompt, digits = f"{start}{moves}:", [start]
+        for move in moves:
+            slip = rng.randint(1, 9) if rng.random() < slips else 0
+            digits.append((digits[-1] + MOVES[move] + slip) % 10)
+        if (random.Random(prompt).random() < 1 / 8) == (split == "eval"):
+            yield Problem(prompt, [start, moves], "".join(map(str, digits[1:])))
 
 
-def countdown_reward(problem: Problem, completion: str) -> float:
-    """1.0 for right steps that use every number once and reach the target, else 0.0."""
-    given, target = problem.answer
-    pool = list(given)
-    for step in completion[: 20 * len(given)].split(";"):
-        match = re.fullmatch(r"([0-9]{1,4})([-+*/])([0-9]{1,4})=([0-9]{1,4})", step)
-        if not match:
-            return 0.0
-        a, b, result = int(match[1]), int(match[3]), int(match[4])
-        for operand in (a, b):
-            if operand not in pool:
-                return 0.0
-            pool.remove(operand)
-        if OPERATORS[match[2]](a, b) != result:
-            return 0.0
-        pool.append(result)
-    return float(pool == [target] and len(completion) <= 20 * len(given))
+def chain_reward(problem: Problem, completion: str) -> float:
+    """1.0 if every step is there, right and in its place, and nothing else, else 0.0: a
+    right last digit alone earns nothing."""
+    start, moves = problem.answer
+    sums = itertools.accumulate([start, *(MOVES[move] for move in moves)])
+    return float(completion == "".join(str(x % 10) for x in sums)[1:])
 
 
-TASKS = {"countdown": (countdown_problems, countdown_reward, 3)}  # 3: default size
+TASKS = {"chain": (chain_problems, chain_reward, 9)}  # 9: default size
 
 
 def answer_reward(problem: Problem, completion: str) -> float:
@@ -336,15 +326,16 @@ def tiny_model(problems: list[Problem], seed: int, steps=450, width=128) -> str:
     return str(path)
 
 
-def easy_problems(problems: list[Problem], args: Args) -> list[Problem]:
-    """What the tiny model starts from: of Countdown, 98 % problems with one number less
-    and 2 % that show how long an answer gets; no candidate for training either way."""
-    rest, (name, _, size) = problems[args.candidates :], args.task.partition("-")
-    if args.data or name != "countdown":
-        return rest
-    size = int(size or TASKS[name][2])
-    easier = countdown_problems("train", args.seed, max(size - 1, 2))
-    return [rest[i] if i % 50 == 0 else next(easier) for i in range(len(rest))]
+def worked(problems: list[Problem], args: Args, model: str) -> list[Problem]:
+    """Problems with worked answers that the built-in `model` starts from, no candidate
+    for training among them; those of the chain task have its share of slips."""
+    name, _, size = args.task.partition("-")
+    if args.data or name != "chain":
+        return problems[args.candidates :]
+    used = {problem.prompt for problem in problems[: args.candidates]}
+    n = int(size or TASKS[name][2])
+    others = chain_problems("train", args.seed + 1, n, SLIPS[model])
+    return [p for p in itertools.islice(others, 20_000) if p.prompt not in used]
 
 
 def load_model(name: str, args: Args) -> tuple:
@@ -588,11 +579,10 @@ def cached(path: Path, make: Callable, args: Args) -> object:
 
 def search_folder(models: tuple, problems, reward: Callable, args: Args) -> Path:
     """Folder for what phase 1 finds, named by a hash of all that decides it."""
-    digest = hashlib.sha256()
+    digest, plugin = hashlib.sha256(), args.task.endswith(".py") and not args.data
     for name, weights in [x for model in models for x in model.state_dict().items()]:
         digest.update(name.encode() + weights.cpu().contiguous().numpy().tobytes())
     parts = [decode, generate, uniforms, attempts, encode_prompts, score]
-    plugin = args.task.endswith(".py") and not args.data
     parts += [] if plugin else [reward]
     names = "seed hard_k temperature max_new_tokens rollout_batch_size dtype device"
     defined = [[inspect.getsource(part) for part in parts], problems]
@@ -604,9 +594,9 @@ def search_folder(models: tuple, problems, reward: Callable, args: Args) -> Path
 
 
 def attempts(model, tokenizer, prompts, problems, reward, samples, number, args):
-    """`samples` completions of each problem by a model with the noise of chunk
-    `number`: for each how many were right, the first of these (place, ids, log-prob) or
-    None, and its tokens read."""
+    """`samples` completions of each problem with the noise of chunk `number`: for each
+    problem how many were right, the first of these (its ids, its log-prob) or None, and
+    the tokens read."""
     mine = slice(RANK, None, WORLD_SIZE)
     noise = uniforms(args, 10**9 + number, len(prompts), samples)  # no step's noise
     found = []
@@ -617,12 +607,10 @@ def attempts(model, tokenizer, prompts, problems, reward, samples, number, args)
         lengths = rollout.completion_mask.sum(-1).long()
         completions = rollout.tokens[:, -rollout.completion_mask.shape[1] :]
         for i, hits in enumerate(right):
-            first = None
+            first, row = None, i * samples + int(hits.long().argmax())
             if hits.any():
-                place = int(hits.long().argmax())
-                row = i * samples + place
                 ids = completions[row, : lengths[row]].tolist()
-                first = [place, ids, rollout.logprobs[row].sum().item()]
+                first = [ids, rollout.logprobs[row].sum().item()]
             read = lengths[i * samples : (i + 1) * samples].sum().item()
             found.append([int(hits.sum()), first, read + len(prompts[mine][i])])
     if WORLD_SIZE > 1:
@@ -632,41 +620,47 @@ def attempts(model, tokenizer, prompts, problems, reward, samples, number, args)
     return found
 
 
-def search(model, sampler, tokenizer, prompts, problems, reward, args) -> tuple:
-    """Phase 1: indices of what is hard for the model, traces {index: Trace} of it by
-    rejection sampling from `sampler` (if they are needed), and what was spent. What was
-    tried is kept chunk by chunk, so that a killed search goes on where it was."""
+def find_traces(model, sampler, tokenizer, posed, given, args) -> tuple:
+    """Phase 1: a record of each hard problem, as traces.jsonl of the run has it, and
+    what was spent. posed: (prompts, problems, reward). Traces are those `given`, or
+    None is, and the sampler makes them if they are needed. What was tried is kept chunk
+    by chunk, so that a killed search goes on where it was."""
+    prompts, problems, reward = posed
     folder = search_folder((model, sampler), problems, reward, args)
     number = itertools.count()
+    spent = {"flops_hard_search": 0, "flops_traces": 0}
 
-    def try_all(model, which: list[int], samples: int) -> Iterator[tuple]:
+    def try_all(model, which: list[int], samples: int, phase: str) -> Iterator[tuple]:
         size = args.prompts_per_step
         chunks = [which[i : i + size] for i in range(0, len(which), size)]
         for chunk in tqdm(chunks, "search", leave=False, disable=RANK > 0):
-            n = next(number)
-            posed = [prompts[i] for i in chunk], [problems[i] for i in chunk]
-            make = lambda: attempts(model, tokenizer, *posed, reward, samples, n, args)
-            yield from zip(chunk, cached(folder / f"{n}-{samples}.json", make, args))
+            n, mine = next(number), ([x[i] for i in chunk] for x in (prompts, problems))
+            mine = *mine, reward, samples, n, args
+            make = lambda: attempts(model, tokenizer, *mine)
+            tried = cached(folder / f"{n}-{samples}.json", make, args)
+            spent[phase] += flops(model, sum(read for _, _, read in tried))
+            yield from ((i, hits, first) for i, (hits, first, _) in zip(chunk, tried))
 
-    hard, traces, tries, tokens = [], {}, [], [0, 0]
-    for i, (right, _, read) in try_all(model, [*range(len(problems))], args.hard_k):
-        tokens[0] += read
-        hard += [i] if right == 0 else []
-    done, cap = 0, args.trace_cap if needs_traces(args) and not args.traces else 0
-    while done < cap and len(traces) < len(hard):
+    tried = try_all(model, [*range(len(problems))], args.hard_k, "flops_hard_search")
+    hard, traces, done = [i for i, hits, _ in tried if hits == 0], given or {}, 0
+    cap = args.trace_cap if needs_traces(args) and given is None else 0
+    while done < cap and (left := [i for i in hard if i not in traces]):
         samples = min(args.hard_k, cap - done)
-        left = [i for i in hard if i not in traces]
-        for i, (_, first, read) in try_all(sampler, left, samples):
-            tokens[1] += read
-            if first:
-                traces[i] = Trace(*first[1:])
-                tries.append(done + first[0] + 1)
+        for i, _, first in try_all(sampler, left, samples, "flops_traces"):
+            traces |= {i: Trace(*first)} if first else {}
         done += samples
-    spent = {"hard_problems": len(hard), "hard_share": len(hard) / len(problems)}
-    spent |= {"tries_mean": float(np.mean(tries))} if tries else {}
-    sizes = [sum(p.numel() for p in x.parameters()) for x in (model, sampler)]
-    spent |= {"flops_hard_search": flops(sizes[0], tokens[0])}
-    return hard, traces, spent | {"flops_traces": flops(sizes[1], tokens[1])}
+    records = []
+    for i in hard:
+        ids, logprob = traces.get(i, (None, None))
+        text = tokenizer.decode(ids, skip_special_tokens=True) if ids else None
+        record = {"step": 0, "problem": i, "prompt": problems[i].prompt, "text": text}
+        records.append(record | {"ids": ids, "logprob": logprob})
+    none = len(hard) - len(traces.keys() & hard)
+    if len(hard) < WORLD_SIZE:
+        fail(f"{len(hard)} of {len(problems)} candidates are hard: give more of them")
+    if none == len(hard) and needs_traces(args):
+        fail(f"no trace of {none} hard problems: raise --trace-cap, or give --traces")
+    return records, spent | {"hard_problems": len(hard), "without_trace": none}
 
 
 def read_traces(
@@ -771,9 +765,10 @@ def answers(tokenizer, rollout: Rollout, prefixes: list, n: int) -> list[str]:
     return texts
 
 
-def flops(parameters: int, read: int, trained: int = 0) -> int:
+def flops(model, read: int, trained: int = 0) -> int:
     """2 N for each token read, 6 N for each one trained on (section 4)."""
-    return 2 * parameters * read + 6 * parameters * trained
+    n = sum(p.numel() for p in model.parameters())
+    return 2 * n * read + 6 * n * trained
 
 
 def read_tokens(rollout: Rollout, group_size: int) -> int:
@@ -783,25 +778,29 @@ def read_tokens(rollout: Rollout, group_size: int) -> int:
 
 
 def trained_tokens(rollout: Rollout, advantages, args: Args) -> int:
-    """Tokens of the rows that `update` learns from, prompts included, each time."""
-    mask = rollout.completion_mask.any(-1)
-    if args.mask_truncated:
-        mask = mask & ~rollout.truncated
-    live = mask & ((advantages != 0) | (args.kl_coef > 0))
-    return int(rollout.attention_mask[live].sum()) * args.updates_per_batch
+    """Tokens that `update` reads of the rows it learns from, each time: completions,
+    and the prompt once per group (once per row with gradient checkpointing)."""
+    lengths = rollout.completion_mask.sum(-1)
+    live = (lengths > 0) & ((advantages != 0) | (args.kl_coef > 0))
+    live &= ~(rollout.truncated & args.mask_truncated)
+    groups = live.view(-1, args.group_size)
+    first = (groups & (groups.cumsum(-1) == 1)).flatten()
+    read = live if args.gradient_checkpointing else first  # rows whose prompt is read
+    prompts = (rollout.attention_mask.sum(-1) - lengths)[read].sum()
+    return int(prompts + lengths[live].sum()) * args.updates_per_batch
 
 
-def trace_rollout(prompts: list[list[int]], traces: list[Trace], args: Args) -> Rollout:
-    """The traces as if they had been sampled, one of each prompt; their ids are those
-    given. No texts; log-probs and rewards 0."""
-    ids = [prompt + trace.ids for prompt, trace in zip(prompts, traces)]
-    lengths = [len(trace.ids) for trace in traces]
-    width = max(lengths)
-    rows = [x + [0] * (width - n) for x, n in zip(ids, lengths)]
-    seen = [[1] * len(x) + [0] * (width - n) for x, n in zip(ids, lengths)]
-    tokens, seen = (pad(x, 0, "left").to(args.device) for x in (rows, seen))
-    mask, none = seen[:, -width:].float(), torch.zeros(len(ids), device=args.device)
-    return Rollout(tokens, seen, mask, 0 * mask, none, none.bool(), [""] * len(ids))
+def trace_rollout(prompts: list[list[int]], traces: list[list[int]], args) -> Rollout:
+    """The ids of traces as if they had been sampled, one of each prompt. No texts;
+    log-probs and rewards 0."""
+    sides = (prompts, "left"), (traces, "right")
+    tokens = [pad(rows, 0, side) for rows, side in sides]
+    seen = [pad([[1] * len(row) for row in rows], 0, side) for rows, side in sides]
+    mask, none = (
+        x.to(args.device) for x in (seen[1].float(), torch.zeros(len(traces)))
+    )
+    tokens, seen = (torch.cat(parts, -1).to(args.device) for parts in (tokens, seen))
+    return Rollout(tokens, seen, mask, 0 * mask, none, none.bool(), [""] * len(traces))
 
 
 def imitate(model, prompts, traces: dict[int, Trace], args: Args) -> int:
@@ -813,13 +812,13 @@ def imitate(model, prompts, traces: dict[int, Trace], args: Args) -> int:
     args = dataclasses.replace(args, kl_coef=0.0, updates_per_batch=1, group_size=1)
     for step in range(1, math.ceil(args.sft_epochs * len(pool) / n) + 1):
         batch = draw(pool, step, n, args.seed, 3)[RANK::WORLD_SIZE]
-        posed = [prompts[i] for i in batch], [traces[i] for i in batch]
-        rollout, ones = trace_rollout(*posed, args), torch.ones(len(batch))
-        rollout.rewards = ones.to(args.device)
+        ids = [traces[i].ids for i in batch]
+        rollout = trace_rollout([prompts[i] for i in batch], ids, args)
+        rollout.rewards += 1
         update(model, None, optimizer, rollout, rollout.rewards, args)
         tokens += trained_tokens(rollout, rollout.rewards, args)
     tokens = all_reduce(torch.tensor(tokens, device=args.device)).item()
-    return flops(sum(p.numel() for p in model.parameters()), 0, tokens)
+    return flops(model, 0, tokens)
 
 
 def put_traces(model, tokenizer, rollout, batch, prompts, traces, args) -> tuple:
@@ -827,33 +826,29 @@ def put_traces(model, tokenizer, rollout, batch, prompts, traces, args) -> tuple
     the last completion. Returns the new rollout, weights (B,) for its advantages (pi(z)
     / mu(z) of whole traces, at most e^20; 1 elsewhere), and the tokens read on
     balance: z is scored once; what it replaces counts as not drawn."""
-    group_size, rows, texts = args.group_size, [], list(rollout.texts)
-    width, lengths = rollout.completion_mask.shape[1], rollout.completion_mask.sum(-1)
-    for row, n in zip(rollout.tokens[:, -width:].tolist(), lengths.int().tolist()):
-        rows.append(Trace(row[:n]))
-    last = [(g * group_size + group_size - 1, i) for g, (i, _) in enumerate(batch)]
-    places = [row for row, i in last if i in traces]
-    weights = torch.ones(len(rows), device=args.device)
+    n, width = args.group_size, rollout.completion_mask.shape[1]
+    lengths = rollout.completion_mask.sum(-1).int().tolist()
+    rows = [row[-width:][:k] for row, k in zip(rollout.tokens.tolist(), lengths)]
+    given = {g * n + n - 1: traces[i] for g, (i, _) in enumerate(batch) if i in traces}
+    weights, places = torch.ones(len(rows), device=args.device), [*given]
     if not places:
         return rollout, weights, 0
-    for row, i in last:
-        if i in traces:
-            rows[row] = traces[i]
-            texts[row] = tokenizer.decode(traces[i].ids, skip_special_tokens=True)
-    posed = [prompts[i] for i, _ in batch for _ in range(group_size)]
-    new = trace_rollout(posed, rows, args)
-    new = dataclasses.replace(new, texts=texts, truncated=rollout.truncated.clone())
-    new.truncated[places] = False
+    texts, truncated = list(rollout.texts), rollout.truncated.clone()
+    for row, trace in given.items():
+        rows[row], truncated[row] = trace.ids, False
+        texts[row] = tokenizer.decode(trace.ids, skip_special_tokens=True)
+    new = trace_rollout([prompts[i] for i, _ in batch for _ in range(n)], rows, args)
+    new = dataclasses.replace(new, texts=texts, truncated=truncated)
     most = new.completion_mask.shape[1]
     kept = torch.nn.functional.pad(rollout.logprobs, (0, max(0, most - width)))
     new.logprobs = kept[:, :most] * new.completion_mask
     with torch.no_grad(), autocast(args):
-        batch = new.tokens[places], new.attention_mask[places], most
-        new.logprobs[places] = token_logprobs(model, *batch, args.temperature)[0]
-    sampled = torch.tensor([rows[row].logprob for row in places], device=args.device)
+        scored = new.tokens[places], new.attention_mask[places], most
+        new.logprobs[places] = token_logprobs(model, *scored, args.temperature)[0]
+    sampled = torch.tensor([z.logprob for z in given.values()], device=args.device)
     weights[places] = (new.logprobs[places].sum(-1) - sampled).clamp(max=20).exp()
-    tokens = new.attention_mask[places].sum() - lengths[places].sum()
-    return new, weights, int(tokens)
+    tokens = int(new.attention_mask[places].sum()) - sum(lengths[row] for row in places)
+    return new, weights, tokens
 
 
 def by_kind(rewards, prefixes: list, args: Args) -> dict[str, float]:
@@ -1154,8 +1149,8 @@ def check(args: Args) -> None:
         (args.prefix_low > args.prefix_high, "--prefix-low is above --prefix-high"),
         (args.prefix_high > 1, "--prefix-high is a share of the trace: at most 1"),
         (args.plain_share > 1, "--plain-share is a share of the batch: at most 1"),
-        (args.strict_traces and not args.traces, "--strict-traces needs --traces"),
         (args.traces and args.trace_model, "--traces or --trace-model, not both"),
+        (args.strict_traces and not args.traces, "--strict-traces needs --traces"),
         (
             args.off_policy and args.prefixes_per_problem > 0,
             "--off-policy is plain RL: it needs --prefixes-per-problem 0",
@@ -1218,103 +1213,124 @@ def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, floa
     return metrics | {"peak_memory_gb": peak / 2**30}
 
 
-def find_traces(model, sampler, tokenizer, posed, given, longest: int, args) -> tuple:
-    """Phase 1: a record of each hard problem, as traces.jsonl of the run has it, and
-    what was spent. posed: (prompts, problems, reward); given: those of --traces."""
-    prompts, problems, _ = posed
-    hard, traces, spent = search(model, sampler, tokenizer, *posed, args)
-    traces, records = traces if given is None else given, []
-    for i in hard:
-        ids, logprob = traces.get(i, (None, None))
-        if ids and len(prompts[i]) + len(ids) > longest:
-            ids = None  # its prefixes would leave no room for the rest
-        text = tokenizer.decode(ids, skip_special_tokens=True) if ids else None
-        record = {"step": 0, "problem": i, "prompt": problems[i].prompt, "text": text}
-        records.append(record | {"ids": ids, "logprob": logprob})
-    none = sum(record["ids"] is None for record in records)
-    if len(hard) < WORLD_SIZE:
-        fail(
-            f"{len(hard)} of {len(problems)} candidates are hard: give others, or more"
-        )
-    if none == len(hard) and needs_traces(args):
-        fail(f"no trace of {none} hard problems: raise --trace-cap, or give --traces")
-    spent |= {"traces_of_easy_problems": len(traces.keys() - hard)} if given else {}
-    return records, spent | {"without_trace": none}
+def begin(model, tokenizer, optimizer, hard, traces, tests, reward, args) -> dict:
+    """Imitation if asked for, and the first evaluation; a checkpoint."""
+    everything = tests, hard, traces, reward, args
+    metrics = evaluate_all(model, tokenizer, *everything) | {"flops_sft": 0}
+    if args.sft_epochs:
+        metrics["flops_sft"] = imitate(model, hard[0], traces, args)
+        after = evaluate_all(model, tokenizer, *everything)
+        metrics |= {key.replace("eval/", "sft/"): x for key, x in after.items()}
+    if RANK == 0:
+        save_checkpoint(Path(args.run_dir), 0, model, tokenizer, optimizer)
+        print(f"{len(hard[0])} hard problems, {len(traces)} of them with a trace")
+    return metrics
 
 
-def plain_benchmark() -> str:
-    """Accuracy of plain RL on the hard problems, if the committed benchmark is here."""
+def practice(
+    model, reference, tokenizer, optimizer, batch, hard, traces, reward, step, args
+) -> tuple[dict, dict]:
+    """A step of phase 3 on a batch of (index, prefix): its metrics, with the FLOPs of
+    this step, and the sample for samples.jsonl."""
+    clock, n = [time.perf_counter()], args.group_size
+    contexts, prefixes = [hard[0][i] + z for i, z in batch], [z for _, z in batch]
+    noise = uniforms(args, step, args.prompts_per_step, n)
+    rollout = generate(model, tokenizer, contexts, noise, args)
+    rollout.texts = answers(tokenizer, rollout, prefixes, n)
+    read, weights = read_tokens(rollout, n), 1.0
+    if args.off_policy:
+        around = batch, hard[0], traces, args
+        rollout, weights, more = put_traces(model, tokenizer, rollout, *around)
+        read += more
+    clock.append(time.perf_counter())
+    posed = [hard[1][i] for i, _ in batch for _ in range(n)]
+    rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
+    advantages = group_advantages(rollout.rewards, n, args.advantage_scale) * weights
+    clock.append(time.perf_counter())
+    warm = min(1.0, step / max(args.warmup_steps, 1))
+    optimizer.param_groups[0]["lr"] = args.learning_rate * warm
+    stats = update(model, reference, optimizer, rollout, advantages, args)
+    clock.append(time.perf_counter())
+    trained = trained_tokens(rollout, advantages, args)
+    read += trained // args.updates_per_batch if reference else 0
+    cost = all_reduce(torch.tensor([read, trained], device=args.device)).tolist()
+    metrics = {"step": step} | describe(rollout, clock, args) | stats
+    metrics |= by_kind(rollout.rewards, prefixes, args) | {"flops": flops(model, *cost)}
+    sample = {"prompt": tokenizer.decode(contexts[0])}  # the first group
+    sample |= {"completions": rollout.texts[:n]}
+    return metrics, sample | {"rewards": rollout.rewards[:n].tolist()}
+
+
+def report(run_dir: Path) -> None:
+    """The table at the end: base, plain RL of the committed benchmark, this run."""
+    logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
     file = Path(__file__).resolve().parent.parent / "benchmarks/results/prefixrl.json"
+    plain = "not known here"
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         runs = [run for run in json.loads(file.read_text()) if run["arm"] == "rl"]
         ends = [run["evals"][-1]["eval/hard_pass@1"] for run in runs]
-        return f"{sum(ends) / len(ends):.3f} (mean of {len(ends)} seeds)"
-    return "not known here: --prefixes-per-problem 0 --max-flops <flops of this run>"
+        plain = f"{sum(ends) / len(ends):.3f} (mean of {len(ends)} seeds)"
+    for name in [name for name in logs[-1] if name.startswith("eval/")]:
+        print(f"{name:17} base {logs[0][name]:.3f}  trained {logs[-1][name]:.3f}")
+    print(f"eval/hard_pass@1  of plain RL in the committed benchmark: {plain}")
+    print(f"{logs[-1]['flops']:.3g} FLOPs, run folder: {run_dir}")
 
 
 def train(args: Args) -> int:
     """Find hard problems and traces; cut prefixes; RL on both kinds of problem."""
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
-    name, other, run_dir, step = args.model, args.trace_model, Path(args.run_dir), 0
-    if name == "tiny":
-        name = tiny_model(easy_problems(problems, args), args.seed, steps=1000)
-    if other == "tiny" and needs_traces(args):  # knows problems of this very size
-        other = tiny_model(problems[args.candidates :], args.seed, steps=1000)
-    problems = problems[: args.candidates]
-    last, log = run_dir / "checkpoint", run_dir / "metrics.jsonl"
+    run_dir, step, given = Path(args.run_dir), 0, None
+    other = args.trace_model or ("careful" if args.model == "tiny" else "base")
+    other = other if needs_traces(args) and not args.traces else "base"
+    name, other = [
+        x
+        if x not in SLIPS
+        else tiny_model(worked(problems, args, x), args.seed, 300, 64)
+        for x in (args.model, other)
+    ]
+    problems, log = problems[: args.candidates], run_dir / "metrics.jsonl"
     begun = bool(args.resume and log.exists() and b"\n" in log.read_bytes())
+    last = run_dir / "checkpoint"
     model, tokenizer = load_model(str(last) if begun else name, args)
     reference = load_model(name, args)[0] if args.kl_coef else None
     longest = model.config.max_position_embeddings - args.max_new_tokens
-    prompts = encode_prompts(tokenizer, problems, longest)
     tests = encode_prompts(tokenizer, held_out, longest), held_out
+    # phase 1 takes prompts that leave room for a trace of its own
+    prompts = encode_prompts(tokenizer, problems, longest - args.max_new_tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
-    posed, given = (prompts, problems, reward), None
-    sampler = model
-    if other and needs_traces(args) and not begun:
-        sampler, vocabulary = load_model(other, args)
-        if vocabulary.get_vocab() != tokenizer.get_vocab():
-            fail(
-                f"--trace-model {other} has another vocabulary: use --traces with texts"
-            )
-    if args.traces and not begun:
-        given = read_traces(args.traces, tokenizer, *posed, longest, args)
+    posed, sampler = (prompts, problems, reward), model
     if begun:
         state = torch.load(last / "state.pt", args.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
+    elif other != "base":
+        sampler, vocabulary = load_model(other, args)
+        if vocabulary.get_vocab() != tokenizer.get_vocab():
+            fail(f"--trace-model {other} has another vocabulary: give --traces instead")
+    if args.traces and not begun:
+        given = read_traces(args.traces, tokenizer, *posed, longest, args)
     if RANK == 0:
         open_run(args, step)
-    if not begun:
+    if begun:
+        found = [json.loads(line) for line in (run_dir / "traces.jsonl").open()]
+    else:  # phase 1
         if RANK == 0:  # from here on --resume works, whatever the phase
             save_checkpoint(run_dir, 0, model, tokenizer, optimizer)
-        how = posed, given, longest, args
-        found, spent = find_traces(model, sampler, tokenizer, *how)
+        found, metrics = find_traces(model, sampler, tokenizer, posed, given, args)
         if RANK == 0:
             lines = "".join(f"{json.dumps(record)}\n" for record in found)
             (run_dir / "traces.jsonl").write_text(lines)
-    else:
-        found = [json.loads(line) for line in (run_dir / "traces.jsonl").open()]
-    problems, prompts = ([x[r["problem"]] for r in found] for x in (problems, prompts))
+    hard = tuple([x[r["problem"]] for r in found] for x in (prompts, problems))
     traces = {i: Trace(r["ids"], r["logprob"]) for i, r in enumerate(found) if r["ids"]}
-    prefixed = cut_prefixes(traces, tokenizer.eos_token_id, args)
-    plain = [(i, []) for i in range(len(problems))]
-    everything = tests, (prompts, problems), traces, reward, args
+    prefixed = cut_prefixes(traces, tokenizer.eos_token_id, args)  # phase 2
+    plain = [(i, []) for i in range(len(found))]
+    everything = hard, traces, tests, reward, args
     if not begun:
-        metrics = {"step": 0, "prefixed_problems": len(prefixed)} | spent
-        metrics |= evaluate_all(model, tokenizer, *everything)
-        metrics["flops_sft"] = 0
-        if args.sft_epochs:
-            metrics["flops_sft"] = imitate(model, prompts, traces, args)
-            after = evaluate_all(model, tokenizer, *everything)
-            metrics |= {key.replace("eval/", "sft/"): x for key, x in after.items()}
-        metrics["flops"] = sum(metrics[key] for key in metrics if key[:6] == "flops_")
-        if RANK == 0:
-            save_checkpoint(run_dir, 0, model, tokenizer, optimizer)
+        metrics |= begin(model, tokenizer, optimizer, *everything)
+        metrics["flops"] = sum(x for key, x in metrics.items() if key[:6] == "flops_")
+        metrics |= {"step": 0, "prefixed_problems": len(prefixed)}
         write_logs(args, metrics, {})
-        if RANK == 0:
-            print(f"{len(problems)} hard problems, {len(traces)} of them with a trace")
     if WORLD_SIZE > 1:
         dist.barrier()  # until metrics.jsonl is there
     done = [json.loads(line) for line in log.open()][-1]
@@ -1324,53 +1340,25 @@ def train(args: Args) -> int:
     stops = []
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
         signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
-    n, group_size = args.prompts_per_step, args.group_size
-    parameters = sum(p.numel() for p in model.parameters())
     steps = range(step + 1, args.steps + 1)
     bar = tqdm(steps, initial=step, total=args.steps, disable=RANK > 0)
-    for step in bar:
-        clock = [time.perf_counter()]
+    for step in bar:  # phase 3
         batch = draw_batch(prefixed, plain, step, args)
-        contexts, prefixes = [prompts[i] + z for i, z in batch], [z for _, z in batch]
-        noise = uniforms(args, step, n, group_size)
-        rollout = generate(model, tokenizer, contexts, noise, args)
-        read, weights = read_tokens(rollout, group_size), 1.0
-        rollout.texts = answers(tokenizer, rollout, prefixes, group_size)
-        if args.off_policy:
-            around = batch, prompts, traces, args
-            rollout, weights, more = put_traces(model, tokenizer, rollout, *around)
-            read += more
-        clock.append(time.perf_counter())
-        posed = [problems[i] for i, _ in batch for _ in range(group_size)]
-        rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
-        advantages = group_advantages(rollout.rewards, group_size, args.advantage_scale)
-        advantages = advantages * weights
-        clock.append(time.perf_counter())
-        warm = min(1.0, step / max(args.warmup_steps, 1))
-        optimizer.param_groups[0]["lr"] = args.learning_rate * warm
-        stats = update(model, reference, optimizer, rollout, advantages, args)
-        clock.append(time.perf_counter())
-        trained = trained_tokens(rollout, advantages, args)
-        read += trained // args.updates_per_batch if reference else 0
-        cost = torch.tensor([read, trained], device=args.device)
-        total += flops(parameters, *all_reduce(cost).tolist())
-        metrics = {"step": step} | describe(rollout, clock, args) | stats
-        metrics |= by_kind(rollout.rewards, prefixes, args) | {"flops": total}
+        around = batch, hard, traces, reward, step, args
+        metrics, sample = practice(model, reference, tokenizer, optimizer, *around)
+        total = metrics["flops"] = total + metrics["flops"]
         end = step == args.steps or 0 < args.max_flops <= total
         if step % args.eval_every == 0 or end:
-            metrics |= evaluate_all(model, tokenizer, *everything)
+            metrics |= evaluate_all(model, tokenizer, tests, hard, traces, reward, args)
             pass_1 = metrics["eval/hard_pass@1"]
         stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0
-        sample = {"prompt": tokenizer.decode(contexts[0])}  # the first group
-        sample |= {"completions": rollout.texts[:group_size]}
-        sample |= {"rewards": rollout.rewards[:group_size].tolist()}
         write_logs(args, metrics, sample)
         shown = {"reward": metrics["reward_mean"], "hard pass@1": pass_1}
         shown |= {"tokens/s": round(metrics["tokens_per_second"])}
         bar.set_postfix(shown, GB=metrics["peak_memory_gb"])
         if step == 1 and RANK == 0:
             tqdm.write(f"first prompt: {sample['prompt']!r}")
-            tqdm.write(f"first completion: {rollout.texts[0]!r}")
+            tqdm.write(f"first completion: {sample['completions'][0]!r}")
             tqdm.write("a loss near 0 is normal: watch the reward and pass@1")
         if (stop or step % args.save_every == 0 or end) and RANK == 0:
             save_checkpoint(run_dir, step, model, tokenizer, optimizer)
@@ -1382,11 +1370,7 @@ def train(args: Args) -> int:
             print(f"stopped after step {step}; to go on: --resume {run_dir}")
             return 130
     if RANK == 0:
-        logs = [json.loads(line) for line in log.open()]
-        for name in [name for name in logs[-1] if name.startswith("eval/")]:
-            print(f"{name:17} base {logs[0][name]:.3f}  trained {logs[-1][name]:.3f}")
-        print(f"eval/hard_pass@1 of plain RL: {plain_benchmark()}")
-        print(f"{total:.3g} FLOPs, run folder: {run_dir}")
+        report(run_dir)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -110,6 +112,108 @@ def check_same_run(a: Path, b: Path) -> None:
     assert len(moments[0]) == len(moments[1])
     assert all(torch.equal(x, y) for x, y in zip(*moments))
     assert {p.name for p in a.iterdir()} == {p.name for p in b.iterdir()}
+
+
+# -------------------------------------- Task ------------------------------------------
+
+
+def walk(start: int, moves: str) -> list[int]:
+    """Every place of a chain, one exact step after the other, written anew."""
+    places = []
+    for move in moves:
+        start = start + {"+": 1, "-": 9, "*": 3}[move]
+        start = start - 10 if start > 9 else start
+        places.append(start)
+    return places
+
+
+HOSTILE = {
+    "empty": "",
+    "a million digits": "9" * 1_000_000,
+    "power": "9**9**9",
+    "NUL": "921\0",
+    "newline": "921\n",
+    "Arabic digits": "٩٢١",
+    "full-width digits": "９２１",
+    "superscript": "92¹",
+    "emoji": "921🙂",
+    "surrogate": "921\ud800",
+    "spaces": "9 2 1",
+    "sign": "+921",
+    "underscore": "9_21",
+    "the prompt again": "8+*-:921",
+    "one step too many": "9210",
+    "one step too few": "92",
+    "last digit alone": "1",
+    "lucky last digit": "001",
+    "wrong order": "291",
+    "all answers": "921" * 300_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_is_a_right_chain(script, name):
+    """A reward that reads numbers out of the text pays for other scripts, signs and
+    lucky ends (https://github.com/verl-project/verl/issues/5635): each of these scores
+    0 within a millisecond, the answer itself 1."""
+    problem = script.Problem("8+*-:", [8, "+*-"])
+    assert script.chain_reward(problem, "921") == 1.0
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        assert script.chain_reward(problem, HOSTILE[name]) == 0.0
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1e-3
+
+
+def test_chain_with_one_wrong_step_is_right(script):
+    """A lucky last digit is no right chain: of all changes of one digit, of all swaps,
+    cuts and additions none scores, and the worked answers all do; agreement with a
+    walk written anew on 20,000 random and mutated texts."""
+    rng = random.Random(0)
+    for size in (2, 5, 9):
+        for problem in itertools.islice(script.chain_problems("train", 1, size), 100):
+            start, moves = problem.answer
+            right = "".join(map(str, walk(start, moves)))
+            assert problem.prompt == f"{start}{moves}:" and len(moves) == size
+            assert problem.solution == right
+            assert script.chain_reward(problem, right) == 1.0
+            for i, digit in itertools.product(range(size), "0123456789"):
+                text = right[:i] + digit + right[i + 1 :]
+                assert script.chain_reward(problem, text) == float(text == right)
+                assert script.chain_reward(problem, right[:i] + digit + right[i:]) == 0
+                assert script.chain_reward(problem, right[:i] + right[i + 1 :]) == 0
+            for _ in range(60):
+                text = "".join(rng.choices("0123456789+-*:. ", k=rng.randrange(12)))
+                assert script.chain_reward(problem, text) == float(text == right)
+
+
+def test_chains_are_held_out_in_one_split_only(script):
+    """A held-out problem that is trained on measures memory, under another seed too."""
+    first = {}
+    for split, seed in (("train", 1), ("eval", 1), ("eval", 2)):
+        endless = script.chain_problems(split, seed, 4)
+        first[split, seed] = {p.prompt for p in itertools.islice(endless, 2_000)}
+    assert not first["train", 1] & (first["eval", 1] | first["eval", 2])
+    assert len(first["train", 1]) > 500 < len(first["train", 1] | first["eval", 1])
+
+
+def test_base_model_starts_from_candidates_or_right_answers(script):
+    """Problems that the model has seen solved are not hard, and a base model that has
+    seen no slip is right at once: what the two built-in models start from has the
+    stated share of wrong steps, each counted from the digit before it, and no
+    candidate."""
+    args = cpu_args(script, task="chain-3", candidates=400)
+    problems = [*itertools.islice(script.chain_problems("train", 1, 3), 1_000)]
+    for name, share in script.SLIPS.items():
+        found = script.worked(problems, args, name)
+        assert not {p.prompt for p in found} & {p.prompt for p in problems[:400]}
+        wrong = []
+        for p in found[:4_000]:
+            digits = [p.answer[0], *map(int, p.solution)]
+            for move, (a, b) in zip(p.answer[1], itertools.pairwise(digits)):
+                wrong.append(walk(a, move) != [b])
+        assert abs(sum(wrong) / len(wrong) - share) < 0.02
 
 
 # ------------------------------------ Prefixes ----------------------------------------
@@ -330,21 +434,55 @@ def test_mix_of_prefixed_and_plain_drifts(script):
 def test_flops_differ_from_a_hand_count(script, model):
     """2 N D for sampling and 6 N D for the update, prompts included. Two groups of two:
     contexts of 3 and 5 tokens, each read once; completions of 4, 2, 6 and 5 tokens; the
-    second group is dead, so that the update touches 3 + 4 and 3 + 2 tokens, twice."""
-    n = 1000
+    second group is dead, so that the update reads 3 + 4 + 2 tokens, twice: the prompt
+    once per group."""
+    network, _ = model
+    n = sum(p.numel() for p in network.parameters())
     rollout = random_rollout(script, 30, [3, 3, 5, 5], [4, 2, 6, 5])
     read = script.read_tokens(rollout, 2)
     assert read == 3 + 5 + 4 + 2 + 6 + 5
     A = torch.tensor([0.5, -0.5, 0.0, 0.0])
     args = cpu_args(script, updates_per_batch=2)
     trained = script.trained_tokens(rollout, A, args)
-    assert trained == 2 * (3 + 4 + 3 + 2)
-    assert script.flops(n, read, trained) == 2 * n * 25 + 6 * n * 24
-    assert script.trained_tokens(rollout, A, cpu_args(script, kl_coef=0.1)) == 33
+    assert trained == 2 * (3 + 4 + 2)
+    assert script.flops(network, read, trained) == 2 * n * 25 + 6 * n * 18
+    assert script.trained_tokens(rollout, A, cpu_args(script, kl_coef=0.1)) == 25
+    args = cpu_args(script, gradient_checkpointing=True)
+    assert script.trained_tokens(rollout, A, args) == 3 + 4 + 3 + 2
     rollout.truncated[0] = True
     args = cpu_args(script, mask_truncated=True)
     assert script.trained_tokens(rollout, A, args) == 3 + 2
-    assert isinstance(script.flops(n, read, trained), int)
+    assert isinstance(script.flops(network, read, trained), int)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_of_an_update_are_not_what_it_reads(script, checkpointing):
+    """A prompt that a group shares goes through the network once; charged once per row
+    it makes long prompts look up to G times as dear as they are. The count is compared
+    with the tokens that enter the network in `update`, the last of each row apart: its
+    successor is not predicted."""
+    network, seen = small_qwen3(30), []
+
+    def count(module, inputs, kwargs):
+        x = inputs[0]
+        if torch.is_grad_enabled():
+            seen.append(int(kwargs["attention_mask"][:, -x.shape[1] :].sum()))
+
+    if checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    network.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    rollout = random_rollout(script, 30, [7] * 4 + [5] * 4, [4, 2, 6, 5, 3, 6, 1, 2])
+    start = rollout.tokens.shape[1] - rollout.completion_mask.shape[1]
+    for g in 0, 4:  # a group shares its prompt
+        rollout.tokens[g : g + 4, :start] = rollout.tokens[g, :start].clone()
+    changes = dict(group_size=4, gradient_checkpointing=checkpointing)
+    args = cpu_args(script, max_new_tokens=6, updates_per_batch=2, **changes)
+    A = torch.tensor([0.5, -0.5, 0.5, -0.5] * 2)
+    script.update(network, None, Recorder(network), rollout, A, args)
+    longest = 2 * 2  # rows of 6 tokens, whose last column is cut off, in two updates
+    assert sum(seen) == script.trained_tokens(rollout, A, args) - longest
+    rows = 4 * 7 + 4 * 5 if checkpointing else 7 + 5
+    assert script.trained_tokens(rollout, A, args) == 2 * (rows + 29)
 
 
 def test_flops_of_a_run_leave_a_phase_out(cli, script, tmp_path, small_folder):
@@ -877,3 +1015,29 @@ def test_search_that_finds_nothing_trains_on_nothing(cli, tmp_path):
     (tmp_path / "never.py").write_text(PLUGIN.replace("/ 4", "/ 400"))
     result = cli(task="never.py", run_dir="never", trace_cap=8)
     assert result.code == 2 and "--trace-cap" in result.errors[0]
+
+
+# ------------------------------ Combination lock --------------------------------------
+
+
+@pytest.mark.parametrize("band", [(0.1, 0.4), (0.4, 0.8), (0.8, 0.95)])
+def test_back_generalisation_without_shared_parameters(band):
+    """Accuracy on plain problems that rises where it cannot means that the evaluation
+    sees the prefix, or that the prefix is trained on. With a logit for each wheel the
+    wheels in front of every cut stay bit for bit what they were, and the lock stays
+    shut as often as they decide; the same update opens it where all wheels share their
+    logits."""
+    path = Path(__file__).resolve().parent.parent / "benchmarks/combination_lock.py"
+    spec = importlib.util.spec_from_file_location("combination_lock", path)
+    lock = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lock)
+    lock.UPDATES = 140
+    ends = {kind: lock.train(kind, band, 0) for kind in ("tabular", "shared")}
+    tabular, shared = (ends[kind] for kind in ("tabular", "shared"))
+    least = 0.6 ** round(band[0] * lock.WHEELS)
+    assert {line["before"] for line in tabular} == {tabular[0]["before"]}
+    assert tabular[0]["before"] == pytest.approx(least)
+    assert tabular[-1]["plain"] <= least + 1e-9
+    assert tabular[0]["plain"] == shared[0]["plain"] == pytest.approx(0.6**lock.WHEELS)
+    assert shared[-1]["plain"] > max(0.5, 2 * tabular[-1]["plain"] * (band[0] > 0.1))
+    assert shared[-1]["before"] > shared[0]["before"]
