@@ -44,9 +44,9 @@ A learning rate of 1e-6 and 128 prompts a step are the paper's, as far as it is 
 
 The first, with nothing to download, learns chains of nine moves, all of one skill, from
 a model that does a move right one time in three and a whole chain never. Its traces are
-those of a better model (--trace-model careful): what it costs to sample them is counted,
-the training of neither is. With --trace-model base, from a base model that is right now
-and then, plain RL wins: it learns a lot from each right answer that the search finds.
+those of a better model (--trace-model careful): to sample them is counted, the training
+of either is not. With --trace-model base, from a base model that is right now and
+then, plain RL wins: it learns a lot from each right answer that the search finds.
 """
 
 from __future__ import annotations
