@@ -94,7 +94,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 @dataclasses.dataclass
 class Args:
     seed: int = 1  # of the data order, the sampling and the built-in model
-    steps: int = 250  # batches in the whole run, those before a --resume included
+    steps: int = 300  # batches in the whole run, those before a --resume included
     run_dir: str = ""  # folder of the run (default: runs/prefixrl/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue, under its own flags
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
@@ -134,7 +134,7 @@ class Args:
     normalization: Literal["token", "sequence", "constant"] = "token"  # w and Z above
     kl_coef: float = 0.0  # beta: weight of the KL to the initial model
     mask_truncated: bool = False  # leave cut-off completions out of the loss
-    eval_every: int = 50  # steps between evaluations
+    eval_every: int = 100  # steps between evaluations
     eval_prompts: int = 128  # problems of a kind in an evaluation
     eval_samples: int = 8  # completions of each of them
     save_every: int = 100  # steps between checkpoints
