@@ -65,8 +65,8 @@ def test_a_part_that_only_a_gpu_can_break(tmp_path):
             assert math.isfinite(value), (name, path)
             if "second" in path or "bytes" in path or "peak" in path:
                 assert value > 0, (name, path)
-                speeds += [value] if "bytes" not in path else []
-    assert len(set(speeds)) > 0.9 * len(speeds)
+            speeds += [value] if "second" in path else []
+    assert len(set(speeds)) == len(speeds) > 50
     for batch in 4, 8:
         assert parts["rollout"][f"batch {batch}"]["tokens"] <= 8 * batch
     assert parts["rollout"]["delta_logp"]["max"] < 1e-5
@@ -160,10 +160,10 @@ def test_peak_of_what_was_freed_before_or_is_free_again():
     """The resident set when a call returns has forgotten its peak; the peak of the
     process remembers the making of the model. A call that holds 300 MB for a moment
     needs 300 MB, though more was in use before it."""
-    torch.ones(2**28)  # 1 GB, gone
+    sizes = iter((2**28, 75 * 2**20))  # the trial's 1 GB is gone when it counts
 
     def way(*_):
-        return torch.ones(75 * 2**20).sum() * 0 + 1
+        return torch.ones(next(sizes)).sum() * 0 + 1
 
     found = memory.in_process(memory.measure, "grpo", way, small())
     assert found["bytes"] == pytest.approx(300 * 2**20, rel=0.05)
