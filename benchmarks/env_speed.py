@@ -1,19 +1,26 @@
 """Steps a second of algos/ppo_envs.py from 2^4 to 2^20 environments, beside its peers.
 
-    python benchmarks/env_speed.py [--largest 20] [--repeats 3]
+    python benchmarks/env_speed.py [--largest 20] [--rounds 3]
 
 Three counts for each number of CartPole-v1 environments: the environments alone, with
-the policy that acts in them, and everything (updates, logs). Peers, with 64
-environments of gymnasium in one process, the usual way: a loop in the manner of
-CleanRL's ppo.py (written here), and Stable-Baselines3 if it is installed. Network,
-epochs and minibatch size are the same for all. Each count is the median of the steps
-after the first.
+the policy that acts in them, and everything (updates, logs). Peers, with the same
+network (two hidden layers of 64), 4 epochs, rollout length 32 and minibatches of 512:
+with 64 environments of gymnasium in one process a loop in the manner of CleanRL's
+ppo.py and Stable-Baselines3; with as many environments as ours a PPO in JAX, wholly
+inside one jit, in the manner of PureJaxRL. The first and the last are written here.
+Ours and peers take turns, after an iteration that is not counted; the figure is the
+median of the rounds. Beside the clock on the wall stands the time of the processor:
+cpu_steps_per_second are steps for each second of it, which other programs on the
+machine disturb less. To compare one thread with one thread, start it with
+OMP_NUM_THREADS=1 taskset --cpu-list 0.
 Writes benchmarks/results/env_speed.json and .png.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -22,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,24 +41,49 @@ COUNTS = {
     "act_steps_per_second": "and policy",
     "steps_per_second": "everything",
 }
+LENGTH, EPOCHS, MINIBATCH = 32, 4, 512
+PACKAGES = "torch", "numpy", "gymnasium", "stable-baselines3", "jax", "optax"
 
 
-def ours(num_envs: int, repeats: int, length: int, compile: str) -> dict:
-    """The three counts of the script itself, started as a user starts it."""
+def sweep(num_envs: int, steps: int, length: int, compile: str) -> dict:
+    """The three counts of the script itself, started as a user starts it; the first of
+    the steps is not counted."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--num-envs", num_envs, "--steps", repeats + 1, "--compile", compile]
+        flags = ["--num-envs", num_envs, "--steps", steps + 1, "--compile", compile]
         flags += ["--rollout-length", length, "--eval-episodes", 2]
         flags += ["--run-dir", Path(folder, "run"), "--eval-every", 10**6]
-        command = [
-            sys.executable,
-            str(ROOT / "algos" / "ppo_envs.py"),
-            *map(str, flags),
-        ]
+        script = ROOT / "algos" / "ppo_envs.py"
+        command = [sys.executable, str(script), *map(str, flags)]
         subprocess.run(command, check=True, capture_output=True, cwd=folder)
         lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines][2:]
     names = *COUNTS, "peak_memory_gb"
     return {name: statistics.median(r[name] for r in records) for name in names}
+
+
+# Each of these gives (iteration, transitions in it): iteration() acts and learns once.
+
+
+def ours(num_envs: int) -> tuple[Callable, int]:
+    """algos/ppo_envs.py, compiled."""
+    path = ROOT / "algos" / "ppo_envs.py"
+    spec = importlib.util.spec_from_file_location("ppo_envs", path)
+    script = sys.modules["ppo_envs"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    args = script.Args(num_envs=num_envs, rollout_length=LENGTH, epochs=EPOCHS)
+    args.minibatch_size, args.device, args.compile = MINIBATCH, "cpu", "on"
+    env = script.make_env(args, num_envs)
+    agent, batch = script.Agent(env, args), {}
+    live = {"obs": env.reset(), "episode": torch.zeros(2, num_envs)}
+
+    def iteration():
+        start = time.perf_counter()
+        totals, clock = script.collect(agent, env, live, batch, args)
+        stats = script.learn(agent, batch, args)
+        agent.see(batch["obs"].flatten(0, 1))
+        script.describe(stats, totals, clock, start, batch)
+
+    return iteration, num_envs * LENGTH
 
 
 def network(outputs: int, gain: float) -> torch.nn.Sequential:
@@ -63,44 +96,42 @@ def network(outputs: int, gain: float) -> torch.nn.Sequential:
     return torch.nn.Sequential(*layers)
 
 
-def gymnasium_loop(repeats: int, num_envs: int = 64, length: int = 128) -> dict:
-    """PPO in one process over gymnasium's vector API, Categorical and numpy in
-    between."""
+def gymnasium_loop(num_envs: int) -> tuple[Callable, int]:
+    """PPO in one process over gymnasium's vector API, numpy and torch by turns."""
     import gymnasium
 
     envs = gymnasium.make_vec("CartPole-v1", num_envs, vectorization_mode="sync")
     actor, critic = network(2, 0.01), network(1, 1.0)
     weights = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(weights, 1e-3, eps=1e-5)
-    obs, total, records = torch.as_tensor(envs.reset(seed=1)[0]), num_envs * length, []
-    for _ in range(repeats + 1):
-        start, env_time, batch = time.perf_counter(), 0.0, []
-        for _ in range(length):
+    live = {"obs": torch.as_tensor(envs.reset(seed=1)[0])}
+
+    def iteration():
+        batch = []
+        for _ in range(LENGTH):
+            obs = live["obs"]
             with torch.no_grad():
                 policy = torch.distributions.Categorical(logits=actor(obs))
                 action = policy.sample()
                 value = critic(obs)[:, 0]
-            mark = time.perf_counter()
             after, reward, terminated, truncated, _ = envs.step(action.numpy())
-            env_time += time.perf_counter() - mark
             done = torch.as_tensor(terminated | truncated)
             reward = torch.as_tensor(reward, dtype=torch.float32)
             batch.append((obs, action, policy.log_prob(action), value, reward, done))
-            obs = torch.as_tensor(after)
-        rollout = time.perf_counter() - start
+            live["obs"] = torch.as_tensor(after)
         x, a, old, v, r, d = (torch.stack(column) for column in zip(*batch))
         with torch.no_grad():
-            later, following, advantages = 0.0, critic(obs)[:, 0], torch.zeros_like(v)
-            for s in reversed(range(length)):
+            later, following = 0.0, critic(live["obs"])[:, 0]
+            advantages = torch.zeros_like(v)
+            for s in reversed(range(LENGTH)):
                 goes_on = 1.0 - d[s].float()
                 delta = r[s] + 0.99 * following * goes_on - v[s]
                 advantages[s] = later = delta + 0.99 * 0.95 * goes_on * later
                 following = v[s]
-        x, a, old, adv, ret = (
-            y.flatten(0, 1) for y in (x, a, old, advantages, advantages + v)
-        )
-        for _ in range(4):
-            for rows in torch.randperm(total).split(512):
+        data = x, a, old, advantages, advantages + v
+        x, a, old, adv, ret = (y.flatten(0, 1) for y in data)
+        for _ in range(EPOCHS):
+            for rows in torch.randperm(len(x)).split(MINIBATCH):
                 policy = torch.distributions.Categorical(logits=actor(x[rows]))
                 ratio = (policy.log_prob(a[rows]) - old[rows]).exp()
                 scaled = (adv[rows] - adv[rows].mean()) / (adv[rows].std() + 1e-8)
@@ -111,68 +142,200 @@ def gymnasium_loop(repeats: int, num_envs: int = 64, length: int = 128) -> dict:
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(weights, 0.5)
                 optimizer.step()
-        whole = time.perf_counter() - start
-        records.append((total / env_time, total / rollout, total / whole))
-    return dict(zip(COUNTS, map(statistics.median, zip(*records[1:]))))
+
+    return iteration, num_envs * LENGTH
 
 
-def stable_baselines3(repeats: int, num_envs: int = 64, length: int = 128) -> dict:
-    """Steps a second of everything, as Stable-Baselines3's PPO comes."""
+def stable_baselines3(num_envs: int) -> tuple[Callable, int]:
+    """Stable-Baselines3's PPO as it comes."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
 
-    kwargs = dict(n_steps=length, batch_size=512, n_epochs=4, device="cpu", seed=1)
-    model = PPO("MlpPolicy", make_vec_env("CartPole-v1", num_envs), **kwargs)
-    model.learn(num_envs * length)
-    speeds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        model.learn(num_envs * length, reset_num_timesteps=False)
-        speeds.append(num_envs * length / (time.perf_counter() - start))
-    return {"steps_per_second": statistics.median(speeds)}
+    kwargs = dict(n_steps=LENGTH, batch_size=MINIBATCH, n_epochs=EPOCHS, seed=1)
+    envs = make_vec_env("CartPole-v1", num_envs)
+    model, count = PPO("MlpPolicy", envs, device="cpu", **kwargs), num_envs * LENGTH
+    return lambda: model.learn(count, reset_num_timesteps=False), count
+
+
+def jax_ppo(num_envs: int) -> tuple[Callable, int]:
+    """PPO whose environments, rollout and updates are one jitted function."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    adam = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-3, eps=1e-5))
+
+    def fresh(key):
+        return jax.random.uniform(key, (num_envs, 4), minval=-0.05, maxval=0.05)
+
+    def env_step(key, state, time, action):
+        _, x_dot, a, a_dot = state.T
+        pull = 20.0 * action - 10 + 0.05 * a_dot**2 * jnp.sin(a)
+        pull = pull / 1.1
+        a_acc = 9.8 * jnp.sin(a) - jnp.cos(a) * pull
+        a_acc = a_acc / (0.5 * (4 / 3 - 0.1 * jnp.cos(a) ** 2 / 1.1))
+        x_acc = pull - 0.05 * a_acc * jnp.cos(a) / 1.1
+        state = state + 0.02 * jnp.stack([x_dot, x_acc, a_dot, a_acc], -1)
+        fallen = (jnp.abs(state[:, 0]) > 2.4) | (jnp.abs(state[:, 2]) > 0.20943951)
+        done = fallen | (time + 1 >= 500)
+        state = jnp.where(done[:, None], fresh(key), state)
+        return state, (time + 1) * ~done, jnp.ones(num_envs), done
+
+    def mlp(layers, x):
+        for weight, bias in layers[:-1]:
+            x = jnp.tanh(x @ weight + bias)
+        return x @ layers[-1][0] + layers[-1][1]
+
+    def layers(key, outputs, gain):
+        orthogonal, keys = jax.nn.initializers.orthogonal, jax.random.split(key, 3)
+        sizes = (4, 64, 2**0.5), (64, 64, 2**0.5), (64, outputs, gain)
+        return [
+            (orthogonal(gain)(key, (n, m)), jnp.zeros(m))
+            for key, (n, m, gain) in zip(keys, sizes)
+        ]
+
+    def act(carry, _):
+        key, nets, state, time = carry
+        key, draw, reset = jax.random.split(key, 3)
+        logits = jax.nn.log_softmax(mlp(nets[0], state))
+        action = jax.random.categorical(draw, logits)
+        logprob = jnp.take_along_axis(logits, action[:, None], 1)[:, 0]
+        value = mlp(nets[1], state)[:, 0]
+        after, time, reward, done = env_step(reset, state, time, action)
+        row = state, action, logprob, value, reward, done
+        return (key, nets, after, time), row
+
+    def gae(carry, row):
+        later, following = carry
+        value, reward, done = row
+        delta = reward + 0.99 * following * ~done - value
+        later = delta + 0.99 * 0.95 * ~done * later
+        return (later, value), later
+
+    def loss(nets, obs, action, old, advantage, target):
+        logits = jax.nn.log_softmax(mlp(nets[0], obs))
+        logprob = jnp.take_along_axis(logits, action[:, None], 1)[:, 0]
+        ratio = jnp.exp(logprob - old)
+        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        clipped = jnp.clip(ratio, 0.8, 1.2) * advantage
+        errors = (mlp(nets[1], obs)[:, 0] - target) ** 2
+        return -jnp.minimum(ratio * advantage, clipped).mean() + 0.25 * errors.mean()
+
+    def minibatch(carry, part):
+        nets, adam_state = carry
+        gradient = jax.grad(loss)(nets, *part)
+        change, adam_state = adam.update(gradient, adam_state)
+        return (optax.apply_updates(nets, change), adam_state), None
+
+    def iterate(key, nets, adam_state, state, time):
+        start = key, nets, state, time
+        (key, _, state, time), rows = jax.lax.scan(act, start, None, LENGTH)
+        obs, action, old, value, reward, done = rows
+        last = jnp.zeros(num_envs), mlp(nets[1], state)[:, 0]
+        _, advantage = jax.lax.scan(gae, last, (value, reward, done), reverse=True)
+        data = obs, action, old, advantage, advantage + value
+        data = [x.reshape(num_envs * LENGTH, *x.shape[2:]) for x in data]
+
+        def epoch(carry, key):
+            order = jax.random.permutation(key, num_envs * LENGTH)
+            parts = [x[order].reshape(-1, MINIBATCH, *x.shape[1:]) for x in data]
+            return jax.lax.scan(minibatch, carry, parts)
+
+        key, *keys = jax.random.split(key, EPOCHS + 1)
+        carry = nets, adam_state
+        (nets, adam_state), _ = jax.lax.scan(epoch, carry, jnp.stack(keys))
+        return key, nets, adam_state, state, time
+
+    keys = jax.random.split(jax.random.PRNGKey(1), 4)
+    nets, step = [layers(keys[0], 2, 0.01), layers(keys[1], 1, 1.0)], jax.jit(iterate)
+    time = jnp.zeros(num_envs, jnp.int32)
+    live = [keys[2], nets, adam.init(nets), fresh(keys[3]), time]
+
+    def iteration():
+        live[:] = jax.block_until_ready(step(*live))
+
+    return iteration, num_envs * LENGTH
+
+
+def in_turns(num_envs: int, rounds: int) -> dict:
+    """Steps a second of everything, ours and the peers by turns: medians of rounds."""
+    programs, seconds = {}, {}
+    cases = {"ours": (ours, num_envs), "JAX": (jax_ppo, num_envs)}
+    cases |= {"ours, 64": (ours, 64), "gymnasium loop": (gymnasium_loop, 64)}
+    cases |= {"Stable-Baselines3": (stable_baselines3, 64)}
+    for name, (make, envs) in cases.items():
+        try:
+            programs[name] = *make(envs), envs
+            programs[name][0]()  # compiles
+        except ImportError as e:
+            print(f"{name} is left out: {e}", flush=True)
+    for _ in range(rounds):
+        for name, (iteration, count, _) in programs.items():
+            wall, processor = time.perf_counter(), time.process_time()
+            repeats = max(1, 2**15 // count)
+            for _ in range(repeats):
+                iteration()
+            spent = time.perf_counter() - wall, time.process_time() - processor
+            seconds.setdefault(name, []).append([x / repeats for x in spent])
+    result = {}
+    for name, (_, count, envs) in programs.items():
+        wall, processor = (count / statistics.median(x) for x in zip(*seconds[name]))
+        speeds = {"steps_per_second": wall, "cpu_steps_per_second": processor}
+        result[name] = {"num_envs": envs} | speeds | {"seconds": seconds[name]}
+        print(name, {k: round(v) for k, v in speeds.items()}, flush=True)
+    return result
 
 
 def draw(result: dict, path: Path) -> None:
     """Steps a second over the number of environments; peers are single points."""
     axes = Figure(figsize=(7, 4.5), layout="constrained").add_subplot()
-    envs = [int(n) for n in result["ours"]]
+    envs, rows = [int(n) for n in result["ours"]], result["ours"].values()
     for name, label in COUNTS.items():
-        axes.loglog(
-            envs, [row[name] for row in result["ours"].values()], "o-", label=label
-        )
-    for name, row in result["peers"].items():
-        axes.loglog([64], [row["steps_per_second"]], "x", label=f"{name}, everything")
+        axes.loglog(envs, [row[name] for row in rows], "o-", label=label)
+    for name, row in result["in turns"].items():
+        place = [row["num_envs"]], [row["steps_per_second"]]
+        axes.loglog(*place, "x", label=f"{name}, everything")
     axes.set(xlabel="environments", ylabel="steps/s", title="CartPole-v1, PPO")
-    axes.legend()
+    axes.legend(fontsize="small")
     axes.figure.savefig(path, dpi=120)
+
+
+def version(package: str) -> str:
+    """That of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--smallest", type=int, default=4, help="log2 of environments")
     parser.add_argument("--largest", type=int, default=20, help="log2 of environments")
-    parser.add_argument("--every", type=int, default=2, help="step of the log2")
+    parser.add_argument("--every", type=int, default=4, help="step of the log2")
+    parser.add_argument("--rounds", type=int, default=3, help="those measured")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="steps that are measured"
+        "--beside", type=int, default=1024, help="environments with JAX"
     )
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results"))
     flags = parser.parse_args()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    usable = len(os.sched_getaffinity(0))
     result = {"hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {gpu}"}
-    result |= {"torch": torch.__version__, "python": platform.python_version()}
-    result |= {"flags": vars(flags) | {"out": ""}, "ours": {}, "peers": {}}
-    for name, peer in (("gymnasium loop", gymnasium_loop), ("SB3", stable_baselines3)):
-        try:
-            result["peers"][name] = peer(flags.repeats)
-            print(name, result["peers"][name], flush=True)
-        except ImportError as e:
-            print(f"{name} is left out: {e}", flush=True)
+    result |= {"threads": torch.get_num_threads(), "cores used": usable}
+    result |= {"load before": os.getloadavg()[0], "python": platform.python_version()}
+    result |= {package: version(package) for package in PACKAGES}
+    result |= {"rollout_length": LENGTH, "epochs": EPOCHS, "minibatch": MINIBATCH}
+    result |= {"flags": vars(flags) | {"out": ""}, "ours": {}}
+    result["in turns"] = in_turns(flags.beside, flags.rounds)
     for power in range(flags.smallest, flags.largest + 1, flags.every):
-        length = max(8, min(128, 2**17 // 2**power))
-        row = ours(2**power, flags.repeats, length, flags.compile)
+        # batches of a size, so that the whole takes minutes
+        length = max(1, min(512, 2**15 // 2**power))
+        row = sweep(2**power, flags.rounds, length, flags.compile)
         result["ours"][2**power] = row | {"rollout_length": length}
         print(2**power, {k: round(v, 2) for k, v in row.items()}, flush=True)
+    result["load after"] = os.getloadavg()[0]
     Path(flags.out, "env_speed.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(result, Path(flags.out, "env_speed.png"))
 
