@@ -280,10 +280,11 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-def test_step_is_not_that_of_clipped_adam(ppo, float64):
+@pytest.mark.parametrize("max_norm", [0.2, 1e3])  # always, and never clipped
+def test_step_is_not_that_of_clipped_adam(ppo, float64, max_norm):
     """Weights after four epochs are those of torch's own autograd, clip_grad_norm_ and
     Adam on networks of torch.nn, minibatch after minibatch."""
-    agent, batch, args = learner(ppo, max_grad_norm=0.2, value_coef=0.7)
+    agent, batch, args = learner(ppo, max_grad_norm=max_norm, value_coef=0.7)
     layer, tanh = torch.nn.Linear, torch.nn.Tanh
     nets = [
         torch.nn.Sequential(layer(6, 8), tanh(), layer(8, 8), tanh(), layer(8, n))
@@ -312,7 +313,7 @@ def test_step_is_not_that_of_clipped_adam(ppo, float64):
             errors = (nets[1](obs[i].double())[:, 0] - rows(returns)[i]) ** 2
             optimizer.zero_grad()
             (0.35 * errors.mean() - gain).backward()
-            norms.append(torch.nn.utils.clip_grad_norm_(weights, 0.2))
+            norms.append(torch.nn.utils.clip_grad_norm_(weights, max_norm))
             optimizer.step()
     expected = torch.cat([(p.T if p.ndim == 2 else p).flatten() for p in weights])
     torch.testing.assert_close(agent.theta, expected.detach(), atol=1e-6, rtol=0)
@@ -341,7 +342,9 @@ def test_kl_is_measured_in_the_other_direction(ppo):
     stats = ppo.learn(agent, batch, args)
     expected = (before.exp() * (before - logits())).sum(-1).mean()
     assert stats["kl"].item() == pytest.approx(expected.item(), rel=1e-3)
-    assert stats["proximal_age"].item() == (4 * 512 / 64 - 1) / 2
+    again = ppo.learn(agent, batch, args)  # a new batch, a new anchor
+    for x in stats, again:
+        assert x["proximal_age"].item() == (4 * 512 / 64 - 1) / 2
 
 
 def test_ewma_anchor_never_moves(ppo):
@@ -370,6 +373,7 @@ def test_actions_are_not_drawn_from_the_policy(ppo):
     shares = actions.long().bincount(minlength=3) / 100_000
     assert (shares - expected.exp()).abs().max() < 0.01 and actions.dtype == torch.uint8
     agent, batch, _ = learner(ppo, env="pendulum")
+    agent.theta[agent.parts[0] - 1] = -1.0  # log of the deviation, but for a little
     obs = batch["obs"][:1, 0].expand(100_000, -1)
     actions, logprobs, _ = agent.act(obs, agent.noise(100_000))
     mean, log_std = agent.outputs(obs[:1])[0][0]
