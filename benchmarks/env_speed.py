@@ -64,26 +64,26 @@ def sweep(num_envs: int, steps: int, length: int, compile: str) -> dict:
 # Each of these gives (iteration, transitions in it): iteration() acts and learns once.
 
 
-def ours(num_envs: int) -> tuple[Callable, int]:
-    """algos/ppo_envs.py, compiled."""
+def ours(num_envs: int, length=LENGTH, device="cpu", compile="on") -> tuple:
+    """algos/ppo_envs.py; its iteration gives the metrics."""
     path = ROOT / "algos" / "ppo_envs.py"
     spec = importlib.util.spec_from_file_location("ppo_envs", path)
     script = sys.modules["ppo_envs"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    args = script.Args(num_envs=num_envs, rollout_length=LENGTH, epochs=EPOCHS)
-    args.minibatch_size, args.device, args.compile = MINIBATCH, "cpu", "on"
+    args = script.Args(num_envs=num_envs, rollout_length=length, epochs=EPOCHS)
+    args.minibatch_size, args.device, args.compile = MINIBATCH, device, compile
     env = script.make_env(args, num_envs)
-    agent, batch = script.Agent(env, args), {}
-    live = {"obs": env.reset(), "episode": torch.zeros(2, num_envs)}
+    agent, batch = script.Agent(env, args).to(device), {}
+    live = {"obs": env.reset(), "episode": torch.zeros(2, num_envs, device=device)}
 
-    def iteration():
+    def iteration() -> dict:
         start = time.perf_counter()
         totals, clock = script.collect(agent, env, live, batch, args)
         stats = script.learn(agent, batch, args)
         agent.see(batch["obs"].flatten(0, 1))
-        script.describe(stats, totals, clock, start, batch)
+        return script.describe(stats, totals, clock, start, batch)
 
-    return iteration, num_envs * LENGTH
+    return iteration, num_envs * length
 
 
 def network(outputs: int, gain: float) -> torch.nn.Sequential:

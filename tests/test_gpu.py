@@ -66,7 +66,7 @@ def test_a_part_that_only_a_gpu_can_break(tmp_path):
             if "second" in path or "bytes" in path or "peak" in path:
                 assert value > 0, (name, path)
             speeds += [value] if "second" in path else []
-    assert len(set(speeds)) == len(speeds) > 50
+    assert len(set(speeds)) == len(speeds) > 40
     for batch in 4, 8:
         assert parts["rollout"][f"batch {batch}"]["tokens"] <= 8 * batch
     assert parts["rollout"]["delta_logp"]["max"] < 1e-5
