@@ -45,8 +45,9 @@ A learning rate of 1e-6 and 128 prompts a step are the paper's, as far as it is 
 The first, with nothing to download, learns chains of nine moves, all of one skill, from
 a model that does a move right one time in three and a whole chain never. Its traces are
 those of a better model (--trace-model careful): to sample them is counted, the training
-of either is not. With --trace-model base, from a base model that is right now and
-then, plain RL wins: it learns a lot from each right answer that the search finds.
+of either is not. Countdown would not show the effect: its last steps teach little of
+its first. Nor would --trace-model base, with a base model that is right now and then:
+plain RL learns a lot from each right answer that the search finds.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 @dataclasses.dataclass
 class Args:
     seed: int = 1  # of the data order, the sampling and the built-in model
-    steps: int = 300  # batches in the whole run, those before a --resume included
+    steps: int = 200  # batches in the whole run, those before a --resume included
     run_dir: str = ""  # folder of the run (default: runs/prefixrl/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue, under its own flags
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
@@ -134,7 +135,7 @@ class Args:
     normalization: Literal["token", "sequence", "constant"] = "token"  # w and Z above
     kl_coef: float = 0.0  # beta: weight of the KL to the initial model
     mask_truncated: bool = False  # leave cut-off completions out of the loss
-    eval_every: int = 100  # steps between evaluations
+    eval_every: int = 50  # steps between evaluations
     eval_prompts: int = 128  # problems of a kind in an evaluation
     eval_samples: int = 8  # completions of each of them
     save_every: int = 100  # steps between checkpoints
@@ -1286,7 +1287,7 @@ def train(args: Args) -> int:
     name, other = [
         x
         if x not in SLIPS
-        else tiny_model(worked(problems, args, x), args.seed, 300, 64)
+        else tiny_model(worked(problems, args, x), args.seed, 900, 64)
         for x in (args.model, other)
     ]
     problems, log = problems[: args.candidates], run_dir / "metrics.jsonl"

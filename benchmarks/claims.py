@@ -71,6 +71,8 @@ RUNNING: list[subprocess.Popen] = []
 
 # ------------------------------- What is to be tested ---------------------------------
 
+EQUAL = "--steps 100000 --max-flops 5e11 --eval-every 100"  # of prefixrl
+PLAIN = f"{EQUAL} --prefixes-per-problem 0"
 ARMS: dict[str, dict[str, str]] = {  # name: flags; the first arm fills the caches
     "grpo": {
         "default": "",
@@ -97,16 +99,17 @@ ARMS: dict[str, dict[str, str]] = {  # name: flags; the first arm fills the cach
         "weak-forward-kl": "--dm-divergence forward-kl --dm-coef 0.08",
         "strong": "--dm-coef 40",
     },
-    "prefixrl": {
+    "prefixrl": {  # all end at about the FLOPs of the default
         "default": "",
-        "rl": "--prefixes-per-problem 0",
-        "rl-64": "--prefixes-per-problem 0 --group-size 64 --prompts-per-step 8",
-        "sft-rl": "--prefixes-per-problem 0 --sft-epochs 3",
-        "off-policy": "--off-policy",
-        "prefixed-only": "--plain-share 0",
-        "only-10-40": "--plain-share 0 --prefix-low 0.1 --prefix-high 0.4",
-        "only-80-95": "--plain-share 0 --prefix-low 0.8 --prefix-high 0.95",
-        "half-plain": "--plain-share 0.5",
+        "rl": PLAIN,
+        "rl-fast": f"{PLAIN} --learning-rate 1e-3",
+        "rl-64": f"{PLAIN} --group-size 64 --prompts-per-step 4",
+        "sft-rl": f"{PLAIN} --sft-epochs 10",
+        "off-policy": f"{PLAIN} --off-policy",
+        "prefixed-only": f"{EQUAL} --plain-share 0",
+        "only-10-40": f"{EQUAL} --plain-share 0 --prefix-low 0.1 --prefix-high 0.4",
+        "only-80-95": f"{EQUAL} --plain-share 0 --prefix-low 0.8 --prefix-high 0.95",
+        "half-plain": f"{EQUAL} --plain-share 0.5",
     },
     "ppo_envs": {"default": ""},
 }
@@ -312,13 +315,17 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def evaluations(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl with an evaluation; [] if the last step has none yet.
-    Added: the mean length of the wrong answers logged in samples.jsonl since the one
-    before (one group a step; metrics.jsonl has only the mean length of all answers)."""
+    """The lines of metrics.jsonl with an evaluation; [] if the last step, or the one
+    that spent --max-flops, has none yet. Added: the mean length of the wrong answers
+    logged in samples.jsonl since the evaluation before (one group a step; metrics.jsonl
+    has only the mean length of all answers)."""
     about, lines = folder / "args.json", read_lines(folder / "metrics.jsonl")
     evals = [x for x in lines if any(name.startswith("eval/") for name in x)]
-    steps = json.loads(about.read_text())["args"]["steps"] if about.exists() else 0
-    if not evals or evals[-1]["step"] < steps:
+    if not evals or not about.exists():
+        return []
+    args = json.loads(about.read_text())["args"]
+    spent = 0 < args.get("max_flops", 0) <= evals[-1].get("flops", 0)
+    if evals[-1]["step"] < args["steps"] and not spent:
         return []
     samples = [x for x in read_lines(folder / "samples.jsonl") if "completions" in x]
     for last, line in itertools.pairwise(evals):

@@ -594,6 +594,17 @@ def test_wrong_answers_of_other_steps_are_counted(tmp_path):
     assert claims.evaluations(tmp_path) == []
 
 
+@pytest.mark.parametrize(("limit", "ended"), [(0.0, False), (7.0, True), (8.0, False)])
+def test_run_that_spent_its_flops_is_not_over(tmp_path, limit, ended):
+    """A run with --max-flops ends before --steps; it is not begun again for ever."""
+    args = {"args": {"steps": 1000, "max_flops": limit}}
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    lines = [{"step": s, "flops": 3.5 * s, "eval/x": 0.0} for s in range(3)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert (claims.evaluations(tmp_path) == lines) == ended
+
+
 @pytest.mark.parametrize("script", sorted(claims.ARMS))
 def test_claim_is_about_an_arm_that_is_not_there(script):
     """Claims and pictures name arms, papers and axes that exist, each claim differs,
