@@ -1270,7 +1270,8 @@ def report(run_dir: Path) -> None:
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         runs = [run for run in json.loads(file.read_text()) if run["arm"] == "rl"]
         ends = [run["evals"][-1]["eval/hard_pass@1"] for run in runs]
-        plain = f"{sum(ends) / len(ends):.3f} (mean of {len(ends)} seeds)"
+        if ends:
+            plain = f"{sum(ends) / len(ends):.3f} (mean of {len(ends)} seeds)"
     for name in [name for name in logs[-1] if name.startswith("eval/")]:
         print(f"{name:17} base {logs[0][name]:.3f}  trained {logs[-1][name]:.3f}")
     print(f"eval/hard_pass@1  of plain RL in the committed benchmark: {plain}")

@@ -1041,3 +1041,27 @@ def test_back_generalisation_without_shared_parameters(band):
     assert tabular[0]["plain"] == shared[0]["plain"] == pytest.approx(0.6**lock.WHEELS)
     assert shared[-1]["plain"] > max(0.5, 2 * tabular[-1]["plain"] * (band[0] > 0.1))
     assert shared[-1]["before"] > shared[0]["before"]
+
+
+@pytest.mark.parametrize(
+    ("arms", "shown"),
+    [
+        ([], "not known here"),
+        (["default"], "not known here"),
+        (["default", "rl", "rl"], "0.150 (mean of 2 seeds)"),
+    ],
+)
+def test_table_ends_in_a_traceback(tmp_path, monkeypatch, capsys, script, arms, shown):
+    """A run ended with a division by zero after its last step when the committed
+    results had no run of plain RL yet."""
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "algos" / "prefixrl.py"))
+    values = [{"eval/hard_pass@1": 0.0}, {"eval/hard_pass@1": 0.15, "flops": 7e9}]
+    runs = [{"arm": arm, "evals": values} for arm in arms]
+    file = tmp_path / "benchmarks" / "results" / "prefixrl.json"
+    file.write_text(json.dumps(runs))
+    lines = "".join(json.dumps(line) + "\n" for line in values)
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    script.report(tmp_path)
+    text = capsys.readouterr().out
+    assert "base 0.000  trained 0.150" in text and text.count(shown) == 1
