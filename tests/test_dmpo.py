@@ -444,6 +444,7 @@ def dist_job(dmpo, folder: str, job: str) -> None:
     if dmpo.WORLD_SIZE > 1:  # a rank that leaves first would abort the other
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        os._exit(0)  # done: gloo's threads may abort an exit by themselves
 
 
 VERIFIED = f"""{PLUGIN}

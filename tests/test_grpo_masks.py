@@ -233,7 +233,7 @@ def test_gradient_depends_on_the_micro_batch(grpo, normalization, kl_coef):
 
 
 WORKER = """
-import json, sys, torch
+import json, os, sys, torch
 import torch.distributed as dist
 folder, tests, job = sys.argv[1:]
 sys.path.insert(0, tests)
@@ -258,6 +258,7 @@ grpo.train(cpu_args(grpo, **job["train"], run_dir=f"{folder}/run-{grpo.WORLD_SIZ
 if grpo.WORLD_SIZE > 1:  # a rank that leaves first would abort the other
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # done: gloo's threads may abort an exit by themselves
 """
 
 TASK = """

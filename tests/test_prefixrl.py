@@ -906,7 +906,7 @@ def test_cache_of_another_search_is_used(cli, script, tmp_path, model):
 
 
 WORKER = """
-import json, sys
+import json, os, sys
 import torch.distributed as dist
 tests, flags = sys.argv[1:]
 sys.path.insert(0, tests)
@@ -918,6 +918,7 @@ script.train(cpu_args(script, **json.loads(flags)))
 if script.WORLD_SIZE > 1:  # a rank that leaves first would abort the other
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # done: gloo's threads may abort an exit by themselves
 """
 
 
