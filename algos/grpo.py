@@ -94,6 +94,7 @@ class Args:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     micro_batch_size: int = 64  # completions in one forward and backward pass
     rollout_batch_size: int = 512  # completions decoded side by side
+    lora_rank: int = 0  # train adapters of this rank (needs peft); 0: all weights
     gradient_checkpointing: bool = False  # recompute activations to save memory
     updates_per_batch: int = 1  # optimiser steps on each batch
     clip_low: float = 0.2  # e_low: ratios are clipped at 1 - e_low
@@ -269,7 +270,7 @@ def warm_start(problems: list[Problem], seed: int, steps: int, width: int) -> tu
     config = transformers.Qwen3Config(tie_word_embeddings=True, **shape, **ids)
     torch.manual_seed(seed)
     model = transformers.Qwen3ForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in tqdm(range(steps), "warm start, once", leave=False):
         batch = [problems[i] for i in torch.randint(len(problems), (64,))]
@@ -308,13 +309,19 @@ def tiny_model(problems: list[Problem], seed: int, steps=450, width=128) -> str:
 
 
 def load_model(name: str, args: Args) -> tuple:
-    """Model (fp32 weights, no dropout) and tokenizer of a folder or a hub name."""
+    """Model (fp32 weights, no dropout) and tokenizer of a folder, perhaps with LoRA's
+    adapter in place of weights, or of a hub name."""
     with blame(f"cannot load the model {name!r}"):
-        config = transformers.AutoConfig.from_pretrained(name)
+        adapter, base = Path(name, "adapter_config.json"), name
+        if adapter.exists():
+            base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        config = transformers.AutoConfig.from_pretrained(base)
         for key in [key for key in vars(config) if "drop" in key]:
             setattr(config, key, 0.0)
         kwargs = dict(config=config, dtype=torch.float32)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        if adapter.exists():
+            model.load_adapter(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no EOS token, so no completion can end")
@@ -325,6 +332,33 @@ def load_model(name: str, args: Args) -> tuple:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(args.device), tokenizer
+
+
+def add_lora(model, args: Args) -> None:
+    """Freeze the weights (bf16 is enough for them if --dtype says so) and train, beside
+    every linear layer but the head, a product of rank --lora-rank times two (LoRA,
+    arXiv 2106.09685). The model of a saved adapter goes on with that one."""
+    torch.manual_seed(args.seed)
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        with blame("--lora-rank needs a model of linear layers and: pip install peft"):
+            import peft
+
+            shape = dict(r=args.lora_rank, lora_alpha=2 * args.lora_rank)
+            model.add_adapter(peft.LoraConfig(target_modules="all-linear", **shape))
+    for name, weight in model.named_parameters():
+        weight.requires_grad = "lora_" in name
+        if not weight.requires_grad and args.dtype == "bfloat16":
+            weight.data = weight.data.bfloat16()
+
+
+@contextlib.contextmanager
+def without_lora(model, args: Args) -> Iterator[None]:
+    """The weights that a model with adapters started from."""
+    if args.lora_rank:
+        model.disable_adapters()
+    yield
+    if args.lora_rank:
+        model.enable_adapters()
 
 
 def autocast(args: Args) -> torch.autocast:
@@ -593,7 +627,7 @@ def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, 
                 if i == 0:
                     old[rows] = logprobs.detach()  # so that rho is exactly 1
                 if i == 0 and reference:
-                    with torch.no_grad():
+                    with torch.no_grad(), without_lora(reference, args):
                         ref[rows], _ = token_logprobs(reference, *batch)
             w, A, kl = weights[rows], advantages[rows], torch.zeros_like(z)
             loss, stats = policy_loss(logprobs, old[rows], A, w, *clips, z)
@@ -748,12 +782,15 @@ def read_flags(default: Args | None = None) -> Args:
 
 
 def check(args: Args) -> None:
-    """Refuse flags that cannot be, and fill in --learning-rate."""
-    may_be_0 = "seed", "warmup_steps", "kl_coef", "clip_low", "clip_high"
+    """Refuse flags that cannot be, and fill in --dtype, --learning-rate."""
+    may_be_0 = "seed", "warmup_steps", "lora_rank", "kl_coef", "clip_low", "clip_high"
     for name, value in vars(args).items():
         number, zero = type(value) in (int, float), value == 0 and name in may_be_0
         if number and not (zero or 0 < value < math.inf):  # nan is neither
-            fail(f"--{name.replace('_', '-')} is {value}: it must be above 0")
+            least = "at least" if name in may_be_0 else "above"
+            fail(f"--{name.replace('_', '-')} is {value}: it must be {least} 0")
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.model == "tiny" else 1e-6
     for wrong, message in (
@@ -773,7 +810,8 @@ def parse_args() -> Args:
         last, old = (Path(args.resume, f"checkpoint{x}") for x in ("", ".old"))
         with blame(f"{args.resume} holds no run to resume"):
             if old.exists() and not last.exists():  # killed between the two renames
-                old.rename(last)
+                with contextlib.suppress(FileNotFoundError):  # another rank was first
+                    old.rename(last)
             saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
             saved = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
             done = torch.load(last / "state.pt", weights_only=True)["step"]
@@ -789,8 +827,6 @@ def parse_args() -> Args:
     found = [x for x in ("cuda", "mps") if getattr(torch, x).is_available()] + ["cpu"]
     if args.device == "auto":
         args.device = found[0]
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     if args.device not in found:
         fail(f"there is no {args.device} here: use --device cpu")
     if Path(args.run_dir).exists() and not args.resume:
@@ -825,11 +861,16 @@ def train(args: Args) -> int:
     name = tiny_model(problems, args.seed) if args.model == "tiny" else args.model
     last, step, pass_1 = Path(args.run_dir, "checkpoint"), 0, math.nan
     model, tokenizer = load_model(str(last) if args.resume else name, args)
-    reference = load_model(name, args)[0] if args.kl_coef else None
+    if args.lora_rank:
+        add_lora(model, args)
+    reference = None
+    if args.kl_coef:
+        reference = model if args.lora_rank else load_model(name, args)[0]
     longest = model.config.max_position_embeddings - args.max_new_tokens
     prompts = encode_prompts(tokenizer, problems, longest)
     tests = encode_prompts(tokenizer, held_out, longest)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    how = dict(lr=0.0, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), **how)
     if args.resume:
         state = torch.load(last / "state.pt", args.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])

@@ -69,8 +69,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 OWN = (  # names whose text may differ from that in grpo.py
-    "open_run", "save_checkpoint", "draw_curve", "parse_args", "check", "evaluate",
-    "describe",
+    "open_run", "save_checkpoint", "draw_curve", "check", "evaluate", "describe",
 )  # fmt: skip
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -873,7 +872,8 @@ def check(args: Args) -> None:
     for name, value in vars(args).items():
         number, zero = type(value) in (int, float), value == 0 and name in may_be_0
         if number and not (zero or 0 < value < math.inf):  # nan is neither
-            fail(f"--{name.replace('_', '-')} is {value}: it must be above 0")
+            least = "at least" if name in may_be_0 else "above"
+            fail(f"--{name.replace('_', '-')} is {value}: it must be {least} 0")
     if args.rollout_length is None:  # 32, or more for 8 minibatches; whole ones
         unit = args.minibatch_size // math.gcd(args.minibatch_size, args.num_envs)
         steps = max(32, 8 * args.minibatch_size / args.num_envs)
@@ -906,7 +906,8 @@ def parse_args() -> Args:
         last, old = (Path(args.resume, f"checkpoint{x}") for x in ("", ".old"))
         with blame(f"{args.resume} holds no run to resume"):
             if old.exists() and not last.exists():  # killed between the two renames
-                old.rename(last)
+                with contextlib.suppress(FileNotFoundError):  # another rank was first
+                    old.rename(last)
             saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
             saved = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
             done = torch.load(last / "state.pt", weights_only=True)["step"]

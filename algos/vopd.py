@@ -97,7 +97,7 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products
     model: str = "tiny"  # student: tiny (built in), a local folder or a hub name
     teacher: str = ""  # a folder or a hub name (default for a tiny student: built in)
-    teacher_steps: int = 2000  # batches of 64 on which the built-in one is trained
+    teacher_steps: int = 1800  # batches of 64 on which the built-in one is trained
     task: str = "countdown"  # countdown, countdown-4 (numbers), ... or a task.py
     data: str = ""  # JSONL file of {"prompt": ...}, perhaps "answer", instead of --task
     eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)
@@ -117,10 +117,11 @@ class Args:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     micro_batch_size: int = 64  # completions in one forward and backward pass
     rollout_batch_size: int = 512  # completions decoded side by side
+    lora_rank: int = 0  # train adapters of this rank (needs peft); 0: all weights
     gradient_checkpointing: bool = False  # recompute activations to save memory
     mask_truncated: bool = False  # leave cut-off completions out of the loss
     eval_every: int = 100  # steps between evaluations
-    eval_prompts: int = 256  # held-out problems in an evaluation
+    eval_prompts: int = 128  # held-out problems in an evaluation
     eval_samples: int = 8  # completions of each of them
     save_every: int = 50  # steps between checkpoints
     track: bool = False  # mirror the metrics to Weights & Biases
@@ -286,7 +287,7 @@ def warm_start(problems: list[Problem], seed: int, steps: int, width: int) -> tu
     config = transformers.Qwen3Config(tie_word_embeddings=True, **shape, **ids)
     torch.manual_seed(seed)
     model = transformers.Qwen3ForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in tqdm(range(steps), "warm start, once", leave=False):
         batch = [problems[i] for i in torch.randint(len(problems), (64,))]
@@ -325,13 +326,19 @@ def tiny_model(problems: list[Problem], seed: int, steps=450, width=128) -> str:
 
 
 def load_model(name: str, args: Args) -> tuple:
-    """Model (fp32 weights, no dropout) and tokenizer of a folder or a hub name."""
+    """Model (fp32 weights, no dropout) and tokenizer of a folder, perhaps with LoRA's
+    adapter in place of weights, or of a hub name."""
     with blame(f"cannot load the model {name!r}"):
-        config = transformers.AutoConfig.from_pretrained(name)
+        adapter, base = Path(name, "adapter_config.json"), name
+        if adapter.exists():
+            base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        config = transformers.AutoConfig.from_pretrained(base)
         for key in [key for key in vars(config) if "drop" in key]:
             setattr(config, key, 0.0)
         kwargs = dict(config=config, dtype=torch.float32)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        if adapter.exists():
+            model.load_adapter(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no EOS token, so no completion can end")
@@ -374,6 +381,23 @@ def same_vocabulary(model, tokenizer, teacher, teacher_tokenizer) -> None:
         if rows < size:
             fail(f"the {who} has {rows} logits, fewer than the {size} tokens")
         part.resize_token_embeddings(size)
+
+
+def add_lora(model, args: Args) -> None:
+    """Freeze the weights (bf16 is enough for them if --dtype says so) and train, beside
+    every linear layer but the head, a product of rank --lora-rank times two (LoRA,
+    arXiv 2106.09685). The model of a saved adapter goes on with that one."""
+    torch.manual_seed(args.seed)
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        with blame("--lora-rank needs a model of linear layers and: pip install peft"):
+            import peft
+
+            shape = dict(r=args.lora_rank, lora_alpha=2 * args.lora_rank)
+            model.add_adapter(peft.LoraConfig(target_modules="all-linear", **shape))
+    for name, weight in model.named_parameters():
+        weight.requires_grad = "lora_" in name
+        if not weight.requires_grad and args.dtype == "bfloat16":
+            weight.data = weight.data.bfloat16()
 
 
 def autocast(args: Args) -> torch.autocast:
@@ -836,12 +860,15 @@ def read_flags(default: Args | None = None) -> Args:
 
 
 def check(args: Args) -> None:
-    """Refuse flags that cannot be, and fill in --learning-rate."""
-    may_be_0 = "seed", "warmup_steps"
+    """Refuse flags that cannot be, and fill in --dtype, --learning-rate."""
+    may_be_0 = "seed", "warmup_steps", "lora_rank"
     for name, value in vars(args).items():
         number, zero = type(value) in (int, float), value == 0 and name in may_be_0
         if number and not (zero or 0 < value < math.inf):  # nan is neither
-            fail(f"--{name.replace('_', '-')} is {value}: it must be above 0")
+            least = "at least" if name in may_be_0 else "above"
+            fail(f"--{name.replace('_', '-')} is {value}: it must be {least} 0")
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     if args.learning_rate is None:
         args.learning_rate = 1e-3 if args.model == "tiny" else 1e-5
     for wrong, message in (
@@ -861,7 +888,8 @@ def parse_args() -> Args:
         last, old = (Path(args.resume, f"checkpoint{x}") for x in ("", ".old"))
         with blame(f"{args.resume} holds no run to resume"):
             if old.exists() and not last.exists():  # killed between the two renames
-                old.rename(last)
+                with contextlib.suppress(FileNotFoundError):  # another rank was first
+                    old.rename(last)
             saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
             saved = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
             done = torch.load(last / "state.pt", weights_only=True)["step"]
@@ -877,8 +905,6 @@ def parse_args() -> Args:
     found = [x for x in ("cuda", "mps") if getattr(torch, x).is_available()] + ["cpu"]
     if args.device == "auto":
         args.device = found[0]
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     if args.device not in found:
         fail(f"there is no {args.device} here: use --device cpu")
     if Path(args.run_dir).exists() and not args.resume:
@@ -917,11 +943,14 @@ def train(args: Args) -> int:
     last, step, kl = Path(args.run_dir, "checkpoint"), 0, math.nan
     model, tokenizer = load_model(str(last) if args.resume else name, args)
     same_vocabulary(model, tokenizer, teacher, teacher_tokenizer)
+    if args.lora_rank:
+        add_lora(model, args)
     longest = (x.config.max_position_embeddings for x in (model, teacher))
     longest = min(longest) - args.max_new_tokens
     prompts = encode_prompts(tokenizer, problems, longest)
     tests = encode_prompts(tokenizer, held_out, longest)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    how = dict(lr=0.0, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), **how)
     if args.resume:
         state = torch.load(last / "state.pt", args.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])

@@ -96,6 +96,7 @@ def test_zero_or_negative_size_crashes_later(refused, grpo):
         flag = f"--{name.replace('_', '-')}"
         wrong = ["-1"] if kind == "int" else ["-0.5", "nan", "inf", "-inf"]
         may_be_0 = {"seed", "warmup_steps", "kl_coef", "clip_low", "clip_high"}
+        may_be_0 |= {"lora_rank"}
         for value in wrong + ([] if name in may_be_0 else ["0"]):
             refused(flag, value, words=(flag, value.removesuffix(".0")))
 
