@@ -481,11 +481,16 @@ def load_model(name: str, args: Args) -> tuple:
 
 
 def add_lora(model, args: Args) -> None:
-    """Freeze the weights (bf16 is enough for them if --dtype says so) and train, beside
-    every linear layer but the head, a product of rank --lora-rank times two (LoRA,
-    arXiv 2106.09685). The model of a saved adapter goes on with that one."""
+    """With --lora-rank: freeze the weights (in bf16 if --dtype is) and train, beside
+    every linear layer but the head, a product of that rank times two (LoRA, arXiv
+    2106.09685). The model of a saved adapter goes on with that one."""
+    saved = model.peft_config["default"].r if model._hf_peft_config_loaded else 0
+    if saved not in (0, args.lora_rank):
+        fail(f"{args.model} is an adapter of another rank: --lora-rank {saved}")
+    if not args.lora_rank:
+        return
     torch.manual_seed(args.seed)
-    if not getattr(model, "_hf_peft_config_loaded", False):
+    if not saved:
         with blame("--lora-rank needs a model of linear layers and: pip install peft"):
             import peft
 
@@ -499,7 +504,7 @@ def add_lora(model, args: Args) -> None:
 
 @contextlib.contextmanager
 def without_lora(model, args: Args) -> Iterator[None]:
-    """The weights that a model with adapters started from."""
+    """The weights that the model's adapters were added to."""
     if args.lora_rank:
         model.disable_adapters()
     yield
@@ -1097,8 +1102,7 @@ def train(args: Args) -> int:
     name = tiny_model(problems, args.seed) if args.model == "tiny" else args.model
     last, step, qr = Path(args.run_dir, "checkpoint"), 0, math.nan
     model, tokenizer = load_model(str(last) if args.resume else name, args)
-    if args.lora_rank:
-        add_lora(model, args)
+    add_lora(model, args)
     reference = None
     if args.kl_coef:
         reference = model if args.lora_rank else load_model(name, args)[0]

@@ -19,9 +19,9 @@ it. Let the model answer from somewhere inside that trace, and it is right now a
                     sequence  w_i = 1/|y_i|,  Z = completions
                     constant  w_i = 1,        Z = completions x max length
 
-The prefix is context: none of its tokens is in y, w or Z. What is learned behind the
-prefixes carries over to the problems without (back-generalisation), and only those
-count in the evaluation.
+The prefix is context: none of its tokens is in y, w or Z (--no-mask-prefix: all are, to
+see what that does). What is learned behind the prefixes carries over to the problems
+without (back-generalisation), and only those count in the evaluation.
 
 Compute is counted as the paper does: 2 N FLOPs for a token that N parameters read, 6 N
 for one trained on; prompts and prefixes too, the search for hard problems and traces
@@ -114,6 +114,7 @@ class Args:
     prefix_low: float = 0.4  # least share of the trace in a prefix
     prefix_high: float = 0.8  # greatest share of it
     plain_share: float = 0.25  # of a batch: hard problems without a prefix
+    mask_prefix: bool = True  # keep the tokens of a prefix out of the loss
     sft_epochs: int = 0  # epochs of imitation of the traces before RL
     sft_learning_rate: float | None = None  # of that (default: --learning-rate)
     off_policy: bool = False  # traces join their plain groups, importance-weighted
@@ -367,11 +368,16 @@ def load_model(name: str, args: Args) -> tuple:
 
 
 def add_lora(model, args: Args) -> None:
-    """Freeze the weights (bf16 is enough for them if --dtype says so) and train, beside
-    every linear layer but the head, a product of rank --lora-rank times two (LoRA,
-    arXiv 2106.09685). The model of a saved adapter goes on with that one."""
+    """With --lora-rank: freeze the weights (in bf16 if --dtype is) and train, beside
+    every linear layer but the head, a product of that rank times two (LoRA, arXiv
+    2106.09685). The model of a saved adapter goes on with that one."""
+    saved = model.peft_config["default"].r if model._hf_peft_config_loaded else 0
+    if saved not in (0, args.lora_rank):
+        fail(f"{args.model} is an adapter of another rank: --lora-rank {saved}")
+    if not args.lora_rank:
+        return
     torch.manual_seed(args.seed)
-    if not getattr(model, "_hf_peft_config_loaded", False):
+    if not saved:
         with blame("--lora-rank needs a model of linear layers and: pip install peft"):
             import peft
 
@@ -385,7 +391,7 @@ def add_lora(model, args: Args) -> None:
 
 @contextlib.contextmanager
 def without_lora(model, args: Args) -> Iterator[None]:
-    """The weights that a model with adapters started from."""
+    """The weights that the model's adapters were added to."""
     if args.lora_rank:
         model.disable_adapters()
     yield
@@ -616,7 +622,8 @@ def search_folder(models: tuple, problems, reward: Callable, args: Args) -> Path
     """Folder for what phase 1 finds, named by a hash of all that decides it."""
     digest, plugin = hashlib.sha256(), args.task.endswith(".py") and not args.data
     for name, weights in [x for model in models for x in model.state_dict().items()]:
-        digest.update(name.encode() + weights.cpu().contiguous().numpy().tobytes())
+        raw = weights.flatten().cpu().view(torch.uint8)  # NumPy has no bf16
+        digest.update(name.encode() + raw.numpy().tobytes())
     parts = [decode, generate, uniforms, attempts, encode_prompts, score]
     parts += [] if plugin else [reward]
     names = "seed hard_k temperature max_new_tokens rollout_batch_size dtype device"
@@ -801,9 +808,11 @@ def answers(tokenizer, rollout: Rollout, prefixes: list, n: int) -> list[str]:
 
 
 def flops(model, read: int, trained: int = 0) -> int:
-    """2 N for each token read, 6 N for each one trained on (section 4)."""
+    """2 N for each token read, 6 N for each one trained on (section 4); frozen weights
+    need 4 N of the 6."""
     n = sum(p.numel() for p in model.parameters())
-    return 2 * n * read + 6 * n * trained
+    own = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return 2 * n * read + (4 * n + 2 * own) * trained
 
 
 def read_tokens(rollout: Rollout, group_size: int) -> int:
@@ -858,14 +867,30 @@ def imitate(model, prompts, traces: dict[int, Trace], args: Args) -> int:
     return flops(model, 0, tokens)
 
 
+def completion_ids(rollout: Rollout) -> list[list[int]]:
+    """The completions (B) as lists of ids, without their padding."""
+    width, lengths = rollout.completion_mask.shape[1], rollout.completion_mask.sum(-1)
+    pairs = zip(rollout.tokens[:, -width:].tolist(), lengths.int().tolist())
+    return [row[:length] for row, length in pairs]
+
+
+def unmask_prefixes(rollout: Rollout, batch, prompts, args: Args) -> Rollout:
+    """--no-mask-prefix: the prefixes count as sampled, they get the advantage of what
+    came after them. delta_logp says nothing then: the rollout has no log-probs."""
+    n, rows = args.group_size, completion_ids(rollout)
+    rows = [batch[i // n][1] + row for i, row in enumerate(rows)]
+    new = trace_rollout([prompts[i] for i, _ in batch for _ in range(n)], rows, args)
+    return dataclasses.replace(new, texts=rollout.texts, truncated=rollout.truncated)
+
+
 def put_traces(model, tokenizer, rollout, batch, prompts, traces, args) -> tuple:
     """--off-policy: in each group whose problem has a trace z, it takes the place of
     the last completion. Returns the new rollout, weights (B,) for its advantages (pi(z)
     / mu(z) of whole traces, at most e^20; 1 elsewhere), and the tokens read on
     balance: z is scored once; what it replaces counts as not drawn."""
     n, width = args.group_size, rollout.completion_mask.shape[1]
-    lengths = rollout.completion_mask.sum(-1).int().tolist()
-    rows = [row[-width:][:k] for row, k in zip(rollout.tokens.tolist(), lengths)]
+    rows = completion_ids(rollout)
+    lengths = [len(row) for row in rows]
     given = {g * n + n - 1: traces[i] for g, (i, _) in enumerate(batch) if i in traces}
     weights, places = torch.ones(len(rows), device=args.device), [*given]
     if not places:
@@ -1281,6 +1306,8 @@ def practice(
         around = batch, hard[0], traces, args
         rollout, weights, more = put_traces(model, tokenizer, rollout, *around)
         read += more
+    if not args.mask_prefix:
+        rollout = unmask_prefixes(rollout, batch, hard[0], args)
     clock.append(time.perf_counter())
     posed = [hard[1][i] for i, _ in batch for _ in range(n)]
     rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
@@ -1333,8 +1360,7 @@ def train(args: Args) -> int:
     begun = bool(args.resume and log.exists() and b"\n" in log.read_bytes())
     last = run_dir / "checkpoint"
     model, tokenizer = load_model(str(last) if begun else name, args)
-    if args.lora_rank:
-        add_lora(model, args)
+    add_lora(model, args)
     reference = None
     if args.kl_coef:
         reference = model if args.lora_rank else load_model(name, args)[0]

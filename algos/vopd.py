@@ -380,15 +380,23 @@ def same_vocabulary(model, tokenizer, teacher, teacher_tokenizer) -> None:
         rows = part.get_output_embeddings().weight.shape[0]
         if rows < size:
             fail(f"the {who} has {rows} logits, fewer than the {size} tokens")
+        padded = part.config.vocab_size
         part.resize_token_embeddings(size)
+        if part._hf_peft_config_loaded:  # an adapter goes with the base as it was
+            part.config.vocab_size = padded
 
 
 def add_lora(model, args: Args) -> None:
-    """Freeze the weights (bf16 is enough for them if --dtype says so) and train, beside
-    every linear layer but the head, a product of rank --lora-rank times two (LoRA,
-    arXiv 2106.09685). The model of a saved adapter goes on with that one."""
+    """With --lora-rank: freeze the weights (in bf16 if --dtype is) and train, beside
+    every linear layer but the head, a product of that rank times two (LoRA, arXiv
+    2106.09685). The model of a saved adapter goes on with that one."""
+    saved = model.peft_config["default"].r if model._hf_peft_config_loaded else 0
+    if saved not in (0, args.lora_rank):
+        fail(f"{args.model} is an adapter of another rank: --lora-rank {saved}")
+    if not args.lora_rank:
+        return
     torch.manual_seed(args.seed)
-    if not getattr(model, "_hf_peft_config_loaded", False):
+    if not saved:
         with blame("--lora-rank needs a model of linear layers and: pip install peft"):
             import peft
 
@@ -942,9 +950,8 @@ def train(args: Args) -> int:
         name = tiny_model(problems, args.seed, steps=450, width=96)
     last, step, kl = Path(args.run_dir, "checkpoint"), 0, math.nan
     model, tokenizer = load_model(str(last) if args.resume else name, args)
+    add_lora(model, args)
     same_vocabulary(model, tokenizer, teacher, teacher_tokenizer)
-    if args.lora_rank:
-        add_lora(model, args)
     longest = (x.config.max_position_embeddings for x in (model, teacher))
     longest = min(longest) - args.max_new_tokens
     prompts = encode_prompts(tokenizer, problems, longest)

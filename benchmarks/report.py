@@ -247,6 +247,16 @@ def curves_of(runs: list[dict], metric: str, x: str) -> list[tuple]:
     return pairs
 
 
+def on_one_grid(pairs: list[tuple]) -> tuple:
+    """x (n,) and the y of curves (n, curves): at the means of their x, or, if they have
+    different numbers of points, interpolated at 12 places that all of them span."""
+    xs, ys = zip(*pairs)
+    if len({len(x) for x in xs}) == 1:
+        return np.mean(xs, 0), np.stack(ys, 1)
+    at = np.linspace(max(x[0] for x in xs), min(x[-1] for x in xs), 12)
+    return at, np.stack([np.interp(at, x, y) for x, y in pairs], 1)
+
+
 def draw(script: str, runs: list[dict], path: Path) -> None:
     """The pictures of PICTURES beside `path`: IQM and interval over seeds."""
     for suffix, (x, arms, metrics) in PICTURES.get(script, {}).items():
@@ -255,9 +265,8 @@ def draw(script: str, runs: list[dict], path: Path) -> None:
             own = [run for run in runs if run["arm"] == arm]
             for metric in metrics:
                 pairs = [c for c in curves_of(own, metric, x) if len(c[0])]
-                if pairs and len({len(xs) for xs, _ in pairs}) == 1:
-                    at = np.mean([xs for xs, _ in pairs], 0)
-                    points = zip(*(ys for _, ys in pairs))
+                if pairs:
+                    at, points = on_one_grid(pairs)
                     label = metric[5:] if len(metrics) > 1 else arm
                     lines.append((label, at, *zip(*map(interval, points))))
                     seeds.add(len(pairs))

@@ -734,3 +734,17 @@ def test_picture_is_too_large_or_of_nothing(papers):
     assert [path.name for path in claims.RESULTS.glob("*.png")] == ["grpo.png"]
     for path in [*(ROOT / "benchmarks/results").glob("*.png"), *papers.rglob("*.png")]:
         assert path.stat().st_size < 200_000
+
+
+def test_curves_of_unlike_runs_are_dropped_or_averaged_by_place():
+    """Runs that end by FLOPs have other numbers of evaluations, each at its own cost:
+    of straight lines through the same points the picture shows that line, within what
+    all of them span; of runs with as many evaluations nothing is interpolated."""
+    costs = [1.0, 2.0, 4.0, 9.0], [2.0, 5.0, 8.0], [0.5, 1.0, 2.0, 4.0, 10.0]
+    pairs = [(np.array(x), 3 * np.array(x) + i) for i, x in enumerate(costs)]
+    at, points = report.on_one_grid(pairs)
+    assert at[0] == 2 and at[-1] == 8 and points.shape == (len(at), 3)
+    assert np.allclose(points, 3 * at[:, None] + np.arange(3))
+    steps = [(np.array([0, 50, 100]), np.array([0.0, y, 1.0])) for y in (0.2, 0.6)]
+    at, points = report.on_one_grid(steps)
+    assert at.tolist() == [0, 50, 100] and points[1].tolist() == [0.2, 0.6]

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -266,6 +267,13 @@ def test_hub_without_network_hangs(refused, monkeypatch):
     start = time.perf_counter()
     refused("--model", "nobody/no-such-model", words=("nobody/no-such-model",))
     assert time.perf_counter() - start + sum(waited) < 60
+
+
+def test_peft_is_missing_and_the_run_begins(refused, monkeypatch):
+    """Only --lora-rank needs peft. Without it the line says how to get it, and no run
+    folder is left."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    refused("--lora-rank", "2", words=("--lora-rank", "pip install peft"))
 
 
 def test_model_that_cannot_stop_is_trained(refused, tmp_path):

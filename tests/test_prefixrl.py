@@ -328,6 +328,37 @@ def test_prefix_is_in_the_loss(script, model):
     assert (gap > 1e-3).all()
 
 
+def test_unmasked_prefix_is_left_out_or_a_plain_row_gets_one(script, model):
+    """--no-mask-prefix: the gradient is that of whole answers, prefix and completion,
+    over the number of tokens of both; a plain group's is what it was."""
+    network, tokenizer = model
+    args = cpu_args(script, max_new_tokens=6, mask_prefix=False)
+    prompts = tokenizer(["1 2=3:", "12 4 7=10:"])["input_ids"]
+    batch = [(1, tokenizer("12-4=8;")["input_ids"]), (0, [])]
+    contexts, noise = [prompts[i] + z for i, z in batch], script.uniforms(args, 1, 2, 2)
+    rollout = script.generate(network, tokenizer, contexts, noise, args)
+    rollout.texts = script.answers(tokenizer, rollout, [z for _, z in batch], 2)
+    whole = script.unmask_prefixes(rollout, batch, prompts, args)
+    assert whole.texts == rollout.texts and whole.truncated is rollout.truncated
+    lengths = rollout.completion_mask.sum(-1) + torch.tensor([7.0, 7.0, 0.0, 0.0])
+    assert whole.completion_mask.sum(-1).tolist() == lengths.tolist()
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    recorder = Recorder(network)
+    script.update(network, None, recorder, whole, advantages, args)
+    loss, contexts = 0.0, [contexts[0], contexts[0], contexts[1], contexts[1]]
+    for row, mask in enumerate(rollout.completion_mask):
+        ids = rollout.tokens[row, -len(mask) :][mask.bool()].tolist()
+        given = prompts[batch[row // 2][0]]
+        answer = torch.tensor(contexts[row] + ids)
+        log_softmax = network(answer[None]).logits[0].log_softmax(-1)
+        for t in range(len(given), len(answer)):
+            loss = loss - advantages[row] * log_softmax[t - 1, answer[t]]
+    parameters = [*network.parameters()]
+    grads = torch.autograd.grad(loss / lengths.sum(), parameters)
+    wanted = torch.cat([g.flatten() for g in grads])
+    assert (recorder.seen[0] - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
 def test_context_at_generation_differs_from_that_at_training(script, model):
     """Sampled behind the prefix and scored without it (or the other way round), the
     ratio is noise (https://github.com/zhangxy-2019/critique-GRPO/issues/6): sample-time
@@ -453,6 +484,10 @@ def test_flops_differ_from_a_hand_count(script, model):
     args = cpu_args(script, mask_truncated=True)
     assert script.trained_tokens(rollout, A, args) == 3 + 2
     assert isinstance(script.flops(network, read, trained), int)
+    frozen = network.get_input_embeddings().weight.requires_grad_(False)
+    wanted = 2 * n * 25 + 6 * n * 18 - 2 * frozen.numel() * 18
+    assert script.flops(network, read, trained) == wanted
+    frozen.requires_grad_(True)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

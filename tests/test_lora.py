@@ -1,0 +1,269 @@
+"""--lora-rank trains and saves adapters alone; with them off the model is the base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    PLUGIN,
+    Finished,
+    char_tokenizer,
+    cpu_args,
+    load_script,
+    metrics_of,
+    random_rollout,
+    save_model,
+    small_qwen3,
+)
+from safetensors.torch import load_file
+
+peft = pytest.importorskip("peft", reason="pip install -r benchmarks/requirements.txt")
+
+SMALL = dict(task="task.py", model="model", device="cpu", run_dir="run", steps=2)
+SMALL |= dict(prompts_per_step=2, group_size=4, max_new_tokens=4, warmup_steps=0)
+SMALL |= dict(eval_prompts=2, eval_samples=2, eval_every=2, learning_rate=1e-2)
+SMALL |= dict(lora_rank=2)
+OWN = {
+    "grpo": dict(kl_coef=0.1, updates_per_batch=2),
+    "vopd": dict(teacher="teacher"),
+    "dmpo": dict(kl_coef=0.1),
+    "prefixrl": dict(kl_coef=0.1, candidates=8, hard_k=8, trace_cap=64, sft_epochs=1),
+}
+MEASURED = "seconds", "tokens_per_second", "peak_memory"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A student, a teacher, and the student with 28 rows of padding in its head."""
+    folder, tokenizer = tmp_path_factory.mktemp("lora"), char_tokenizer()
+    for seed, name in enumerate(("model", "teacher")):
+        save_model(folder / name, small_qwen3(len(tokenizer), seed), tokenizer)
+    save_model(folder / "padded", small_qwen3(len(tokenizer) + 28), tokenizer)
+    (folder / "task.py").write_text(PLUGIN)
+    return folder
+
+
+@pytest.fixture
+def cli(folder, tmp_path, monkeypatch, capsys):
+    """cli(script, flag=value, ...) is the command line of a script, run in this process
+    and in a folder with models and task; cli.model is what it saved last."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, **flags) -> Finished:
+        script = load_script(name)
+        values = flags if "resume" in flags else SMALL | OWN[name] | flags
+        words = [(f"--{k.replace('_', '-')}", str(v)) for k, v in values.items()]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *sum(words, ())])
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        save, code = script.save_checkpoint, 0
+
+        def keep(run_dir, step, model, *rest):
+            run.model = model
+            save(run_dir, step, model, *rest)
+
+        monkeypatch.setattr(script, "save_checkpoint", keep)
+        capsys.readouterr()
+        try:
+            script.train(script.parse_args())
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            monkeypatch.setattr(script, "save_checkpoint", save)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return Finished(code, *capsys.readouterr())
+
+    return run
+
+
+def adapters(model) -> dict[str, torch.Tensor]:
+    """Copies of the adapters' weights, by name."""
+    weights = model.named_parameters()
+    return {k: w.detach().clone() for k, w in weights if "lora_" in k}
+
+
+def equal(a: dict, b: dict) -> bool:
+    """The same names, types and weights, bit for bit."""
+    same = lambda x, y: x.dtype == y.dtype and torch.equal(x, y)
+    return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+
+
+def scored(script, model, args) -> torch.Tensor:
+    """Log-probs (6, 9) of random completions."""
+    rollout = random_rollout(script, 90, [3, 5, 2, 4, 6, 3], [9, 4, 7, 1, 8, 5])
+    inputs = rollout.tokens, rollout.attention_mask
+    with torch.no_grad(), script.autocast(args):
+        return script.token_logprobs(model, *inputs, 9, 1.0)[0]
+
+
+def check_trained(script, cli, args) -> None:
+    """After a run that began at model/: the base is that model in the type of --dtype,
+    bit for bit; the checkpoint has the adapters in fp32 and no other weights; loaded,
+    it is the trained model, and not the base."""
+    base, dtype = load_file("model/model.safetensors"), getattr(torch, args.dtype)
+    weights = dict(cli.model.named_parameters())
+    frozen = {k: w.data for k, w in weights.items() if "lora_" not in k}
+    frozen = {k.replace(".base_layer", ""): w for k, w in frozen.items()}
+    assert equal(frozen, {k: w.to(dtype) for k, w in base.items()})
+    names = {path.name for path in Path("run/checkpoint").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "state.pt"} <= names
+    assert "model.safetensors" not in names
+    saved = load_file("run/checkpoint/adapter_model.safetensors")
+    trained = {k.replace(".default", ""): w for k, w in adapters(cli.model).items()}
+    assert equal(saved, {f"base_model.model.{k}": w for k, w in trained.items()})
+    assert all(w.dtype == torch.float32 for w in saved.values())
+    assert all(w.any() for w in saved.values())  # B began at 0
+    loaded, _ = script.load_model("run/checkpoint", args)
+    script.add_lora(loaded, args)
+    wanted = scored(script, cli.model.eval(), args)
+    assert torch.equal(scored(script, loaded, args), wanted)
+    start, _ = script.load_model("model", args)
+    assert (scored(script, start, args) - wanted).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_base_weights_move_or_checkpoint_is_another_model(name, cli):
+    """An optimiser that also holds the base, or a step before it is frozen, trains what
+    is not saved: whoever loads the adapter has another model than the one evaluated."""
+    result = cli(name)
+    assert result.code == 0, result
+    script = load_script(name)
+    check_trained(script, cli, cpu_args(script, lora_rank=2))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_adapters_are_rounded_to_bf16(name, cli):
+    """In bf16 a step of 1e-5 on a weight of 1e-2 is lost: with --dtype bfloat16 the
+    frozen weights are kept in it, the adapters, and what is saved of them, in fp32."""
+    result = cli(name, dtype="bfloat16")
+    assert result.code == 0, result
+    script = load_script(name)
+    check_trained(script, cli, cpu_args(script, lora_rank=2, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_resume_starts_other_adapters(name, cli, tmp_path):
+    """2 steps + 2 steps are 4, bit for bit: adapters that begin again at 0, Adam's
+    moments given to other tensors, or a KL that now starts from the trained model."""
+    for run_dir, steps in (("whole", 4), ("half", 2)):
+        result = cli(name, run_dir=run_dir, steps=steps)
+        assert result.code == 0, result
+    result = cli(name, resume="half", steps=4)
+    assert result.code == 0, result
+    half, whole = tmp_path / "half", tmp_path / "whole"
+    files = [x / "checkpoint/adapter_model.safetensors" for x in (half, whole)]
+    assert equal(*map(load_file, files))
+    states = [torch.load(x / "checkpoint/state.pt") for x in (half, whole)]
+    moments = [state["optimizer"]["state"] for state in states]
+    assert moments[0].keys() == moments[1].keys() and len(moments[0]) == 28
+    assert all(equal(moments[0][i], moments[1][i]) for i in moments[0])
+    logs = [
+        [{k: v for k, v in x.items() if not k.startswith(MEASURED)} for x in lines]
+        for lines in map(metrics_of, (half, whole))
+    ]
+    assert logs[0] == logs[1] and [x["step"] for x in logs[0]] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["grpo", "dmpo", "prefixrl"])
+def test_reference_is_the_adapted_model(name, folder):
+    """With the adapters left on, the KL's reference is the model itself and the KL is 0
+    for ever; left off afterwards, the base is trained on, or nothing. One update is
+    that with a base loaded apart, to the bit."""
+    script, path = load_script(name), str(folder / "model")
+    args = cpu_args(script, kl_coef=0.5, lora_rank=2, normalization="token")
+    rollout = random_rollout(script, 90, [3, 5, 2, 4], [9, 4, 7, 5])
+    rollout.rewards, advantages = torch.tensor([[1.0, 0], [0, 1]]).flatten(), None
+    advantages = script.group_advantages(rollout.rewards, 2)
+    models, (base, _) = [], script.load_model(path, args)
+    for _ in range(2):
+        models.append(script.load_model(path, args)[0])
+        script.add_lora(models[-1], args)
+        torch.manual_seed(5)
+        for weight in models[-1].parameters():
+            if weight.requires_grad:
+                torch.nn.init.normal_(weight, std=0.1)
+    own, apart = models
+    batch = rollout.tokens, rollout.attention_mask, 9, args.temperature
+    with torch.no_grad():
+        rollout.logprobs, wanted = (
+            script.token_logprobs(model, *batch)[0] * rollout.completion_mask
+            for model in (own, base)
+        )
+    kl = ((rollout.logprobs - wanted) ** 2 / 2).sum() / rollout.completion_mask.sum()
+    assert kl > 0.1
+    before, stats = adapters(own), []
+    for model, reference, rank in ((own, own, 2), (apart, base, 0)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        args = script.dataclasses.replace(args, lora_rank=rank)
+        around = optimizer, rollout, advantages, args
+        stats.append(script.update(model, reference, *around))
+    assert stats[0]["kl"] == pytest.approx(kl.item(), rel=1e-5)
+    assert stats[0] == stats[1]
+    after = adapters(own)
+    assert equal(after, adapters(apart))
+    assert not any(torch.equal(after[k], before[k]) for k in after)
+    assert all(w.requires_grad == ("lora_" in k) for k, w in own.named_parameters())
+    assert torch.equal(scored(script, own, args), scored(script, apart, args))
+    assert (scored(script, own, args) - scored(script, base, args)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_ranks_start_from_different_adapters(name, folder):
+    """The ranks add up gradients and never compare weights: adapters drawn from
+    whatever state the random numbers are in train a different model on each rank. They
+    are a function of the seed."""
+    script, drawn = load_script(name), []
+    for state, seed in ((1, 1), (2, 1), (1, 2)):
+        args = cpu_args(script, lora_rank=2, seed=seed)
+        model, _ = script.load_model(str(folder / "model"), args)
+        torch.manual_seed(state)
+        torch.rand(state)
+        script.add_lora(model, args)
+        drawn.append(adapters(model))
+    assert equal(drawn[0], drawn[1])
+    first = [k for k in drawn[0] if "lora_A" in k]
+    assert len(first) == 14  # 7 linear layers in each of 2 blocks
+    assert not any(torch.equal(drawn[0][k], drawn[2][k]) for k in first)
+
+
+def test_padded_vocabulary_is_saved_and_cannot_be_loaded(cli):
+    """Most models have more rows than tokens, and vopd.py cuts them off. A checkpoint
+    that has the shorter embedding in it fits no base, and the run cannot go on."""
+    for flags in (dict(run_dir="whole", steps=4), dict(run_dir="half", steps=2)):
+        assert cli("vopd", model="padded", **flags).code == 0
+    result = cli("vopd", resume="half", steps=4)
+    assert result.code == 0, result
+    saved = [
+        load_file(f"{x}/checkpoint/adapter_model.safetensors")
+        for x in ("half", "whole")
+    ]
+    assert equal(*saved) and all("lora_" in k for k in saved[0])
+    weights = cli.model.named_parameters()
+    assert all(w.requires_grad == ("lora_" in k) for k, w in weights)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_adapter_goes_on_with_another_rank(name, cli):
+    """An adapter given as --model has a rank: under another --lora-rank the run would
+    not be the one that its args.json tells of, without it nothing could be trained. It
+    goes on with its own."""
+    assert cli(name, steps=1).code == 0
+    config = json.loads(Path("run/checkpoint/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 4)
+    for rank in 0, 4:
+        result = cli(name, model="run/checkpoint", run_dir="more", lora_rank=rank)
+        assert result.code == 2 and len(result.errors) == 1
+        assert "--lora-rank 2" in result.errors[0]
+        assert not Path("more").exists()
+    before = adapters(cli.model)
+    flags = dict(model="run/checkpoint", run_dir="more", learning_rate=1e-9)
+    assert cli(name, **flags).code == 0
+    after = adapters(cli.model)
+    assert all((after[k] - before[k]).abs().max() < 1e-6 for k in before)
