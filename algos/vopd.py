@@ -84,13 +84,14 @@ OWN = ("CURVE", "to_problem", "update", "evaluate", "check", "describe")  # name
 CURVE = "eval/pass@.*|eval/reverse_kl"  # metrics that curve.png shows
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+STUDENT = {"steps": 500, "width": 96}  # the tiny one: weaker than its teacher
 ESTIMATORS = "vopd", "vopd-topk", "sampled", "full", "topk", "clip"
 
 
 @dataclasses.dataclass
 class Args:
     seed: int = 1  # of the data order, the sampling and the built-in models
-    steps: int = 400  # batches in the whole run, those before a --resume included
+    steps: int = 340  # batches in the whole run, those before a --resume included
     run_dir: str = ""  # folder of the run (default: runs/vopd/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue, under its own flags
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
@@ -947,7 +948,7 @@ def train(args: Args) -> int:
     teacher, teacher_tokenizer = load_teacher(problems, args)
     name = args.model
     if name == "tiny":
-        name = tiny_model(problems, args.seed, steps=450, width=96)
+        name = tiny_model(problems, args.seed, **STUDENT)
     last, step, kl = Path(args.run_dir, "checkpoint"), 0, math.nan
     model, tokenizer = load_model(str(last) if args.resume else name, args)
     add_lora(model, args)

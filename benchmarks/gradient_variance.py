@@ -184,7 +184,7 @@ def main() -> None:
     teacher, teacher_tokenizer = vopd.load_teacher(problems, args)
     base = args.model
     if base == "tiny":
-        base = vopd.tiny_model(problems, args.seed, steps=450, width=96)
+        base = vopd.tiny_model(problems, args.seed, **vopd.STUDENT)
     result = {"hardware": f"{os.cpu_count()} CPU cores, no GPU"}
     result |= {
         "torch": torch.__version__,
