@@ -91,14 +91,14 @@ ESTIMATORS = "vopd", "vopd-topk", "sampled", "full", "topk", "clip"
 @dataclasses.dataclass
 class Args:
     seed: int = 1  # of the data order, the sampling and the built-in models
-    steps: int = 340  # batches in the whole run, those before a --resume included
+    steps: int = 360  # batches in the whole run, those before a --resume included
     run_dir: str = ""  # folder of the run (default: runs/vopd/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue, under its own flags
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products
     model: str = "tiny"  # student: tiny (built in), a local folder or a hub name
     teacher: str = ""  # a folder or a hub name (default for a tiny student: built in)
-    teacher_steps: int = 1800  # batches of 64 on which the built-in one is trained
+    teacher_steps: int = 1500  # batches of 64 on which the built-in one is trained
     task: str = "countdown"  # countdown, countdown-4 (numbers), ... or a task.py
     data: str = ""  # JSONL file of {"prompt": ...}, perhaps "answer", instead of --task
     eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)

@@ -110,6 +110,7 @@ ARMS: dict[str, dict[str, str]] = {  # name: flags; the first arm fills the cach
         "only-10-40": f"{EQUAL} --plain-share 0 --prefix-low 0.1 --prefix-high 0.4",
         "only-80-95": f"{EQUAL} --plain-share 0 --prefix-low 0.8 --prefix-high 0.95",
         "half-plain": f"{EQUAL} --plain-share 0.5",
+        "unmasked": f"{EQUAL} --no-mask-prefix",
     },
     "ppo_envs": {"default": ""},
 }
@@ -223,6 +224,8 @@ CLAIMS = {
               "eval/hard_pass@1 default off-policy higher 0.02", "flops"),
         claim("PrefixRL: half the FLOPs of SFT, then RL, solve as many",
               "eval/hard_pass@1 default sft-rl not-lower 0.02", "flops/2"),
+        claim("PrefixRL: solves more with the prefix kept out of the loss",
+              "eval/hard_pass@1 default unmasked higher 0.02", "flops"),
         claim("PrefixRL: 40-80 % prefixes alone teach the plain problems",
               "eval/hard_pass@1 prefixed-only base higher 0.02"),
         claim("PrefixRL: 10-40 % prefixes alone teach the plain problems",

@@ -36,7 +36,12 @@ PICTURES = {  # suffix: (x, arms, metrics); x = k draws metric@k of the last eva
     },
     "prefixrl": {
         "": ("flops", "default rl rl-64 sft-rl off-policy", "eval/hard_pass@1"),
-        "-back": ("step", "prefixed-only only-10-40 only-80-95", "eval/hard_pass@1"),
+        "-back": ("flops", "prefixed-only only-10-40 only-80-95", "eval/hard_pass@1"),
+        "-mix": (
+            "flops",
+            "default half-plain prefixed-only unmasked",
+            "eval/hard_pass@1",
+        ),
     },
     "ppo_envs": {"": ("step", "default", "eval/episode_return")},
 }
