@@ -910,7 +910,7 @@ def parse_args() -> Args:
                     old.rename(last)
             saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
             saved = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
-            done = torch.load(last / "state.pt", weights_only=True)["step"]
+            done = torch.load(last / "state.pt", "cpu", weights_only=True)["step"]
         args, free = read_flags(saved), ("steps", "save_every", "track")
         for name, value in vars(saved).items():
             if getattr(args, name) != value and name not in free:

@@ -515,6 +515,7 @@ def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> R
     eos, group_size = tokenizer.eos_token_id, len(noise) // len(prompts)
     ids = pad(prompts, tokenizer.pad_token_id, "left").to(args.device)
     seen = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(args.device)
+    noise = noise.float() if args.device == "mps" else noise  # it has no float64
     noise, n = noise.to(args.device), max(1, args.rollout_batch_size // group_size)
     batches = zip(ids.split(n), seen.split(n), noise.split(n * group_size))
     with autocast(args):
@@ -1237,7 +1238,7 @@ def parse_args() -> Args:
                     old.rename(last)
             saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
             saved = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
-            done = torch.load(last / "state.pt", weights_only=True)["step"]
+            done = torch.load(last / "state.pt", "cpu", weights_only=True)["step"]
         args, free = read_flags(saved), ("steps", "save_every", "track")
         for name, value in vars(saved).items():
             if getattr(args, name) != value and name not in free:

@@ -29,12 +29,12 @@ Unbiased: for the gradient of the KL of each state, the states held as they are 
 token is credited for what comes after it), and only while the data are on-policy: one
 update on each batch.
 
-Differences. All weights are trained, not LoRA's; the learning rate falls as 1 / (1 +
-step / --decay-steps), not as a cosine: a longer run continues a shorter one. The
-paper's temperature divides both models' logits: for it, give --teacher-temperature the
-value of --temperature. --clip-lambda .1 is a choice of ours. Vocabulary rows beyond the
-last token of the tokenizer (padding) are cut off both models, so that no probability
-lies there; the saved student is without them.
+Differences. All weights are trained, LoRA's only with --lora-rank. The learning rate
+falls as 1 / (1 + step / --decay-steps), not as a cosine: a longer run continues a
+shorter one. The paper's temperature divides both models' logits: for it, give
+--teacher-temperature the value of --temperature. --clip-lambda .1 is a choice of ours.
+Vocabulary rows beyond the last token of the tokenizer (padding) are cut off both
+models, so that no probability lies there; the saved student is without them.
 
     python algos/vopd.py
     python algos/vopd.py --model Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B \
@@ -102,9 +102,7 @@ class Args:
     task: str = "countdown"  # countdown, countdown-4 (numbers), ... or a task.py
     data: str = ""  # JSONL file of {"prompt": ...}, perhaps "answer", instead of --task
     eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)
-    estimator: Literal[ESTIMATORS] = (
-        "vopd"  # of the reverse KL's gradient: the table above
-    )
+    estimator: Literal[ESTIMATORS] = "vopd"  # of the KL's gradient: the table above
     top_k: int = 100  # tokens in the KL of vopd-topk and topk (at most V)
     clip_lambda: float = 0.1  # lam of clip, between 0 and 1
     prompts_per_step: int = 256  # prompts in a batch, over all ranks
@@ -361,14 +359,15 @@ def load_teacher(problems: list[Problem], args: Args) -> tuple:
             more = dataclasses.replace(args, seed=args.seed + k)
             problems = problems + load_task(more)[0]
         name = tiny_model(problems, args.seed, steps=args.teacher_steps, width=128)
-    teacher, tokenizer = load_model(name, args)
+    teacher, tokenizer = load_model(name, dataclasses.replace(args, device="cpu"))
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    return teacher.to(dtype).requires_grad_(False), tokenizer
+    return teacher.to(args.device, dtype).requires_grad_(False), tokenizer
 
 
 def same_vocabulary(model, tokenizer, teacher, teacher_tokenizer) -> None:
     """Refuse a teacher whose ids are other tokens. Rows beyond the last token, which
-    pad a vocabulary, are cut off both models: none can be sampled or has a share."""
+    pad a vocabulary, are cut off both models: none can be sampled or has a share. The
+    student ends as the teacher does: another EOS it would be taught never to emit."""
     ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     for token in sorted(ours.keys() | theirs.keys(), key=str) if ours != theirs else ():
         if ours.get(token) != theirs.get(token):
@@ -385,6 +384,9 @@ def same_vocabulary(model, tokenizer, teacher, teacher_tokenizer) -> None:
         part.resize_token_embeddings(size)
         if part._hf_peft_config_loaded:  # an adapter goes with the base as it was
             part.config.vocab_size = padded
+    tokenizer.eos_token = teacher_tokenizer.eos_token
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = tokenizer.eos_token_id
 
 
 def add_lora(model, args: Args) -> None:
@@ -525,6 +527,7 @@ def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> R
     eos, group_size = tokenizer.eos_token_id, len(noise) // len(prompts)
     ids = pad(prompts, tokenizer.pad_token_id, "left").to(args.device)
     seen = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(args.device)
+    noise = noise.float() if args.device == "mps" else noise  # it has no float64
     noise, n = noise.to(args.device), max(1, args.rollout_batch_size // group_size)
     batches = zip(ids.split(n), seen.split(n), noise.split(n * group_size))
     with autocast(args):
@@ -658,10 +661,12 @@ def distill_loss(
     """
     batch = student_logits, teacher_logits.detach()
     log_p = logprob(student_logits, tokens)
-    A, kl = distill_advantages(*batch, tokens, estimator, top_k, clip_lambda)
-    losses = -A * log_p
     if estimator in ("full", "topk"):
         losses = reverse_kl(*batch, top_k * (estimator == "topk"))
+        kl = losses.detach()
+    else:
+        A, kl = distill_advantages(*batch, tokens, estimator, top_k, clip_lambda)
+        losses = -A * log_p
     loss = (losses * mask).sum() / max(denominator, 1)
     stats = {"tokens": mask.sum(), "reverse_kl": (kl * mask).sum()}
     return loss, stats | {"logprobs": log_p.detach()}
@@ -901,7 +906,7 @@ def parse_args() -> Args:
                     old.rename(last)
             saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
             saved = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
-            done = torch.load(last / "state.pt", weights_only=True)["step"]
+            done = torch.load(last / "state.pt", "cpu", weights_only=True)["step"]
         args, free = read_flags(saved), ("steps", "save_every", "track")
         for name, value in vars(saved).items():
             if getattr(args, name) != value and name not in free:
