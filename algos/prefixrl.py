@@ -13,7 +13,7 @@ it. Let the model answer from somewhere inside that trace, and it is right now a
                      --prefix-low |z| <= h <= --prefix-high |z|
     y_i              completions of x or of x_h, a group of each, all drawn from pi
     A_i              r_i - mean(r) of the group (--advantage-scale std: over std(r))
-    J                1/Z sum_i sum_t w_i A_i log pi(y_i,t | x or x_h, y_i,<t)
+    J =              1/Z sum_i sum_t w_i A_i log pi(y_i,t | x or x_h, y_i,<t)
 
     --normalization token     w_i = 1,        Z = completion tokens
                     sequence  w_i = 1/|y_i|,  Z = completions
@@ -39,7 +39,8 @@ KL: grpo.py's (e_low, e_high, beta) are here, and at one update on a batch no cl
 A learning rate of 1e-6 and 128 prompts a step are the paper's, as far as it is known.
 
     python algos/prefixrl.py
-    python algos/prefixrl.py --model Qwen/Qwen3-0.6B --data train.jsonl --hard-k 512 \\
+    python algos/prefixrl.py --model Qwen/Qwen3-0.6B --data train.jsonl \\
+        --candidates 2000 --hard-k 512 \\
         --trace-cap 2500 --prompts-per-step 128 --max-new-tokens 4096
 
 The first, with nothing to download, learns chains of nine moves, all of one skill, from
@@ -116,7 +117,6 @@ class Args:
     plain_share: float = 0.25  # of a batch: hard problems without a prefix
     mask_prefix: bool = True  # keep the tokens of a prefix out of the loss
     sft_epochs: int = 0  # epochs of imitation of the traces before RL
-    sft_learning_rate: float | None = None  # of that (default: --learning-rate)
     off_policy: bool = False  # traces join their plain groups, importance-weighted
     max_flops: float = 0.0  # end the run once this much is spent (0: after --steps)
     prompts_per_step: int = 32  # prompts in a batch, over all ranks
@@ -329,16 +329,18 @@ def tiny_model(problems: list[Problem], seed: int, steps=450, width=128) -> str:
     return str(path)
 
 
-def worked(problems: list[Problem], args: Args, model: str) -> list[Problem]:
-    """Problems with worked answers that the built-in `model` starts from, no candidate
-    for training among them; those of the chain task have its share of slips."""
-    name, _, size = args.task.partition("-")
-    if args.data or name != "chain":
-        return problems[args.candidates :]
-    used = {problem.prompt for problem in problems[: args.candidates]}
-    n = int(size or TASKS[name][2])
-    others = chain_problems("train", args.seed + 1, n, SLIPS[model])
-    return [p for p in itertools.islice(others, 20_000) if p.prompt not in used]
+def built_in(name: str, problems: list[Problem], args: Args) -> str:
+    """Folder of a built-in model, which has seen no candidate solved; for the chain
+    task it starts from answers with its share of slips. Another name as it is."""
+    if name not in SLIPS:
+        return name
+    start = problems[args.candidates :]
+    if not args.data and (found := re.fullmatch("chain-?([2-9]?)", args.task)):
+        used = {problem.prompt for problem in problems[: args.candidates]}
+        size = int(found[1] or TASKS["chain"][2])
+        others = chain_problems("train", args.seed + 1, size, SLIPS[name])
+        start = [p for p in itertools.islice(others, 20_000) if p.prompt not in used]
+    return tiny_model(start, args.seed, 900, 64)
 
 
 def load_model(name: str, args: Args) -> tuple:
@@ -619,21 +621,33 @@ def cached(path: Path, make: Callable, args: Args) -> object:
     return result
 
 
-def search_folder(models: tuple, problems, reward: Callable, args: Args) -> Path:
-    """Folder for what phase 1 finds, named by a hash of all that decides it."""
+def search_folder(models: tuple, tokenizer, posed: tuple, args: Args) -> Path:
+    """Folder for what phase 1 finds, named by a hash of all that decides it. posed:
+    (prompts, problems, reward)."""
+    prompts, problems, reward = posed
     digest, plugin = hashlib.sha256(), args.task.endswith(".py") and not args.data
     for name, weights in [x for model in models for x in model.state_dict().items()]:
         raw = weights.flatten().cpu().view(torch.uint8)  # NumPy has no bf16
         digest.update(name.encode() + raw.numpy().tobytes())
-    parts = [decode, generate, uniforms, attempts, encode_prompts, score]
+    parts = [decode, generate, pad, completion_mask, uniforms, attempts, score]
     parts += [] if plugin else [reward]
     names = "seed hard_k temperature max_new_tokens rollout_batch_size dtype device"
-    defined = [[inspect.getsource(part) for part in parts], problems]
-    defined += [Path(args.task).read_text() if plugin else args.task]
-    defined += [[getattr(args, name) for name in (*names.split(), "prompts_per_step")]]
+    defined = [[inspect.getsource(part) for part in parts], problems, prompts]
+    defined += [
+        tokenizer.eos_token_id,
+        Path(args.task).read_text() if plugin else args.task,
+    ]
+    defined += [[getattr(args, name) for name in names.split()]]
     defined += [torch.__version__, transformers.__version__, torch.get_num_threads()]
     digest.update(json.dumps(defined, default=str).encode())
     return Path("runs/cache", f"search-{digest.hexdigest()[:16]}")
+
+
+def completion_ids(rollout: Rollout) -> list[list[int]]:
+    """The completions (B) as lists of ids, without their padding."""
+    width, lengths = rollout.completion_mask.shape[1], rollout.completion_mask.sum(-1)
+    pairs = zip(rollout.tokens[:, -width:].tolist(), lengths.int().tolist())
+    return [row[:length] for row, length in pairs]
 
 
 def attempts(model, tokenizer, prompts, problems, reward, samples, number, args):
@@ -647,15 +661,13 @@ def attempts(model, tokenizer, prompts, problems, reward, samples, number, args)
         rollout = generate(model, tokenizer, prompts[mine], noise, args)
         posed = [problem for problem in problems[mine] for _ in range(samples)]
         right = score(reward, posed, rollout.texts).view(-1, samples) >= 1
-        lengths = rollout.completion_mask.sum(-1).long()
-        completions = rollout.tokens[:, -rollout.completion_mask.shape[1] :]
-        for i, hits in enumerate(right):
-            first, row = None, i * samples + int(hits.long().argmax())
-            if hits.any():
-                ids = completions[row, : lengths[row]].tolist()
-                first = [ids, rollout.logprobs[row].sum().item()]
-            read = lengths[i * samples : (i + 1) * samples].sum().item()
-            found.append([int(hits.sum()), first, read + len(prompts[mine][i])])
+        rows, total = completion_ids(rollout), rollout.logprobs.sum(-1)
+        for i, (prompt, hits) in enumerate(zip(prompts[mine], right)):
+            own = slice(i * samples, (i + 1) * samples)
+            row = own.start + int(hits.long().argmax())
+            first = [rows[row], total[row].item()] if hits.any() else None
+            read = len(prompt) + sum(map(len, rows[own]))
+            found.append([int(hits.sum()), first, read])
     if WORLD_SIZE > 1:
         parts = [None] * WORLD_SIZE
         dist.all_gather_object(parts, found)
@@ -669,26 +681,26 @@ def find_traces(model, sampler, tokenizer, posed, given, args) -> tuple:
     None is, and the sampler makes them if they are needed. What was tried is kept chunk
     by chunk, so that a killed search goes on where it was."""
     prompts, problems, reward = posed
-    folder = search_folder((model, sampler), problems, reward, args)
+    folder = search_folder((model, sampler), tokenizer, posed, args)
     number = itertools.count()
     spent = {"flops_hard_search": 0, "flops_traces": 0}
 
-    def try_all(model, which: list[int], samples: int, phase: str) -> Iterator[tuple]:
-        size = args.prompts_per_step
+    def try_all(network, which: list[int], samples: int, phase: str) -> Iterator[tuple]:
+        size = max(8, args.rollout_batch_size // samples)  # 8: work for some ranks
         chunks = [which[i : i + size] for i in range(0, len(which), size)]
         for chunk in tqdm(chunks, "search", leave=False, disable=RANK > 0):
             n, mine = next(number), ([x[i] for i in chunk] for x in (prompts, problems))
-            mine = *mine, reward, samples, n, args
-            make = lambda: attempts(model, tokenizer, *mine)
+            call = network, tokenizer, *mine, reward, samples, n, args
+            make = lambda: attempts(*call)
             tried = cached(folder / f"{n}-{samples}.json", make, args)
-            spent[phase] += flops(model, sum(read for _, _, read in tried))
+            spent[phase] += flops(network, sum(read for _, _, read in tried))
             yield from ((i, hits, first) for i, (hits, first, _) in zip(chunk, tried))
 
     tried = try_all(model, [*range(len(problems))], args.hard_k, "flops_hard_search")
     hard, traces, done = [i for i, hits, _ in tried if hits == 0], given or {}, 0
     cap = args.trace_cap if needs_traces(args) and given is None else 0
     while done < cap and (left := [i for i in hard if i not in traces]):
-        samples = min(args.hard_k, cap - done)
+        samples = min(max(8, done), cap - done)  # 8, 8, 16, 32 ...
         for i, _, first in try_all(sampler, left, samples, "flops_traces"):
             traces |= {i: Trace(*first)} if first else {}
         done += samples
@@ -696,13 +708,17 @@ def find_traces(model, sampler, tokenizer, posed, given, args) -> tuple:
     for i in hard:
         ids, logprob = traces.get(i, (None, None))
         text = tokenizer.decode(ids, skip_special_tokens=True) if ids else None
+        # step 0: open_run keeps what is not later than the step it resumes at
         record = {"step": 0, "problem": i, "prompt": problems[i].prompt, "text": text}
         records.append(record | {"ids": ids, "logprob": logprob})
     none = len(hard) - len(traces.keys() & hard)
     if len(hard) < WORLD_SIZE:
         fail(f"{len(hard)} of {len(problems)} candidates are hard: give more of them")
     if none == len(hard) and needs_traces(args):
-        fail(f"no trace of {none} hard problems: raise --trace-cap, or give --traces")
+        fail(
+            f"no trace of {none} hard problems: start anew with a higher --trace-cap "
+            "(what was tried is cached) or with other --traces"
+        )
     return records, spent | {"hard_problems": len(hard), "without_trace": none}
 
 
@@ -736,8 +752,9 @@ def read_traces(
             if reward(problems[i], tokenizer.decode(ids, skip_special_tokens=True)) < 1:
                 raise ValueError("its answer is wrong")
             logprob = item.get("logprob")
-            if args.off_policy and type(logprob) is not float:
-                raise ValueError("--off-policy needs its logprob")
+            usable = type(logprob) in (int, float) and -math.inf < logprob <= 0
+            if args.off_policy and not usable:  # nan is not either
+                raise ValueError("--off-policy needs its logprob, a number up to 0")
             traces[i] = Trace(ids, logprob)
         except Exception as e:
             message = f"{file}, line {number}: {type(e).__name__}: {e}"
@@ -799,13 +816,10 @@ def draw_batch(prefixed: list, plain: list, step: int, args: Args) -> list[tuple
 
 def answers(tokenizer, rollout: Rollout, prefixes: list, n: int) -> list[str]:
     """Texts (B,) of whole answers, prefix and completion decoded as one; n completions
-    of each prefix ([]: the texts stay as they are)."""
-    width, texts = rollout.completion_mask.shape[1], list(rollout.texts)
-    for row in range(len(texts)):
-        if prefix := prefixes[row // n]:
-            ids = prefix + rollout.tokens[row, -width:].tolist()
-            texts[row] = tokenizer.decode(ids, skip_special_tokens=True)
-    return texts
+    of each prefix."""
+    rows = rollout.tokens[:, -rollout.completion_mask.shape[1] :].tolist()
+    ids = [prefixes[i // n] + row for i, row in enumerate(rows)]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def flops(model, read: int, trained: int = 0) -> int:
@@ -851,10 +865,8 @@ def trace_rollout(prompts: list[list[int]], traces: list[list[int]], args) -> Ro
 def imitate(model, prompts, traces: dict[int, Trace], args: Args) -> int:
     """--sft-epochs over the traces, in place: `update` with the advantage 1 is maximum
     likelihood. Returns the FLOPs."""
-    rate = args.sft_learning_rate or args.learning_rate
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=rate, weight_decay=0.0, fused=True
-    )
+    how = dict(lr=args.learning_rate, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), **how)
     pool, n, tokens = [*traces], args.prompts_per_step, 0
     args = dataclasses.replace(args, kl_coef=0.0, updates_per_batch=1, group_size=1)
     for step in range(1, math.ceil(args.sft_epochs * len(pool) / n) + 1):
@@ -866,13 +878,6 @@ def imitate(model, prompts, traces: dict[int, Trace], args: Args) -> int:
         tokens += trained_tokens(rollout, rollout.rewards, args)
     tokens = all_reduce(torch.tensor(tokens, device=args.device)).item()
     return flops(model, 0, tokens)
-
-
-def completion_ids(rollout: Rollout) -> list[list[int]]:
-    """The completions (B) as lists of ids, without their padding."""
-    width, lengths = rollout.completion_mask.shape[1], rollout.completion_mask.sum(-1)
-    pairs = zip(rollout.tokens[:, -width:].tolist(), lengths.int().tolist())
-    return [row[:length] for row, length in pairs]
 
 
 def unmask_prefixes(rollout: Rollout, batch, prompts, args: Args) -> Rollout:
@@ -905,9 +910,10 @@ def put_traces(model, tokenizer, rollout, batch, prompts, traces, args) -> tuple
     most = new.completion_mask.shape[1]
     kept = torch.nn.functional.pad(rollout.logprobs, (0, max(0, most - width)))
     new.logprobs = kept[:, :most] * new.completion_mask
-    with torch.no_grad(), autocast(args):
-        scored = new.tokens[places], new.attention_mask[places], most
-        new.logprobs[places] = token_logprobs(model, *scored, args.temperature)[0]
+    for rows in torch.tensor(places, device=args.device).split(args.micro_batch_size):
+        with torch.no_grad(), autocast(args):
+            scored = new.tokens[rows], new.attention_mask[rows], most
+            new.logprobs[rows] = token_logprobs(model, *scored, args.temperature)[0]
     sampled = torch.tensor([z.logprob for z in given.values()], device=args.device)
     weights[places] = (new.logprobs[places].sum(-1) - sampled).clamp(max=20).exp()
     tokens = int(new.attention_mask[places].sum()) - sum(lengths[row] for row in places)
@@ -1328,7 +1334,7 @@ def practice(
     return metrics, sample | {"rewards": rollout.rewards[:n].tolist()}
 
 
-def report(run_dir: Path) -> None:
+def report(run_dir: Path, args: Args) -> None:
     """The table at the end: base, plain RL of the committed benchmark, this run."""
     logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
     file = Path(__file__).resolve().parent.parent / "benchmarks/results/prefixrl.json"
@@ -1339,8 +1345,10 @@ def report(run_dir: Path) -> None:
         if ends:
             plain = f"{sum(ends) / len(ends):.3f} (mean of {len(ends)} seeds)"
     for name in [name for name in logs[-1] if name.startswith("eval/")]:
-        print(f"{name:17} base {logs[0][name]:.3f}  trained {logs[-1][name]:.3f}")
-    print(f"eval/hard_pass@1  of plain RL in the committed benchmark: {plain}")
+        base = logs[0].get(name, math.nan)  # other ranks may have cut other prefixes
+        print(f"{name:17} base {base:.3f}  trained {logs[-1][name]:.3f}")
+    if (args.model, args.task, args.data) == ("tiny", Args.task, ""):
+        print(f"eval/hard_pass@1  of plain RL in the committed benchmark: {plain}")
     print(f"{logs[-1]['flops']:.3g} FLOPs, run folder: {run_dir}")
 
 
@@ -1351,12 +1359,7 @@ def train(args: Args) -> int:
     run_dir, step, given = Path(args.run_dir), 0, None
     other = args.trace_model or ("careful" if args.model == "tiny" else "base")
     other = other if needs_traces(args) and not args.traces else "base"
-    name, other = [
-        x
-        if x not in SLIPS
-        else tiny_model(worked(problems, args, x), args.seed, 900, 64)
-        for x in (args.model, other)
-    ]
+    name, other = (built_in(x, problems, args) for x in (args.model, other))
     problems, log = problems[: args.candidates], run_dir / "metrics.jsonl"
     begun = bool(args.resume and log.exists() and b"\n" in log.read_bytes())
     last = run_dir / "checkpoint"
@@ -1393,6 +1396,9 @@ def train(args: Args) -> int:
         if RANK == 0:
             lines = "".join(f"{json.dumps(record)}\n" for record in found)
             (run_dir / "traces.jsonl").write_text(lines)
+    asked = {i: str(problem.prompt) for i, problem in enumerate(problems)}
+    if any(asked.get(r["problem"]) != str(r["prompt"]) for r in found):
+        fail("the problems are not those that this run began with: start a new one")
     hard = tuple([x[r["problem"]] for r in found] for x in (prompts, problems))
     traces = {i: Trace(r["ids"], r["logprob"]) for i, r in enumerate(found) if r["ids"]}
     prefixed = cut_prefixes(traces, tokenizer.eos_token_id, args)  # phase 2
@@ -1442,7 +1448,7 @@ def train(args: Args) -> int:
             print(f"stopped after step {step}; to go on: --resume {run_dir}")
             return 130
     if RANK == 0:
-        report(run_dir)
+        report(run_dir, args)
     return 0
 
 

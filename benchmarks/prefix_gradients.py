@@ -199,8 +199,7 @@ def main() -> None:
     args = json.loads(Path(f"run-{last}", "args.json").read_text())["args"]
     args = prefixrl.Args(**args)
     problems, _, reward = prefixrl.load_task(args)
-    base = prefixrl.worked(problems, args, "tiny")
-    base = prefixrl.tiny_model(base, args.seed, 900, 64)
+    base = prefixrl.built_in("tiny", problems, args)
     places = {str(problem.prompt): problem for problem in problems}
     lines = Path(f"run-{last}", "traces.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]

@@ -198,15 +198,18 @@ def test_chains_are_held_out_in_one_split_only(script):
     assert len(first["train", 1]) > 500 < len(first["train", 1] | first["eval", 1])
 
 
-def test_base_model_starts_from_candidates_or_right_answers(script):
+def test_base_model_starts_from_candidates_or_right_answers(script, monkeypatch):
     """Problems that the model has seen solved are not hard, and a base model that has
     seen no slip is right at once: what the two built-in models start from has the
     stated share of wrong steps, each counted from the digit before it, and no
     candidate."""
     args = cpu_args(script, task="chain-3", candidates=400)
     problems = [*itertools.islice(script.chain_problems("train", 1, 3), 1_000)]
+    made = []
+    monkeypatch.setattr(script, "tiny_model", lambda start, *_: made.append(start))
     for name, share in script.SLIPS.items():
-        found = script.worked(problems, args, name)
+        script.built_in(name, problems, args)
+        found = made.pop()
         assert not {p.prompt for p in found} & {p.prompt for p in problems[:400]}
         wrong = []
         for p in found[:4_000]:
@@ -214,6 +217,9 @@ def test_base_model_starts_from_candidates_or_right_answers(script):
             for move, (a, b) in zip(p.answer[1], itertools.pairwise(digits)):
                 wrong.append(walk(a, move) != [b])
         assert abs(sum(wrong) / len(wrong) - share) < 0.02
+    args.task = "chain-of-thought.py"  # a plug-in, whatever its name
+    script.built_in("tiny", problems, args)
+    assert made == [problems[400:]]
 
 
 # ------------------------------------ Prefixes ----------------------------------------
@@ -390,8 +396,8 @@ def test_reward_sees_the_completion_without_its_prefix(script):
     class Bytes:
         """A tokenizer of bytes; 0 is padding."""
 
-        def decode(self, ids, skip_special_tokens):
-            return bytes(x for x in ids if x).decode(errors="replace")
+        def batch_decode(self, rows, skip_special_tokens):
+            return [bytes(x for x in ids if x).decode(errors="replace") for ids in rows]
 
     whole = "né"
     ids = list(whole.encode())
@@ -535,8 +541,8 @@ def test_flops_of_a_run_leave_a_phase_out(cli, script, tmp_path, small_folder):
     folder = next((tmp_path / "runs/cache").iterdir())
     chunks = sorted(folder.iterdir(), key=lambda p: int(p.name.partition("-")[0]))
     tokens = [sum(x[2] for x in json.loads(p.read_text())) for p in chunks]
-    assert first["flops_hard_search"] == 2 * n * sum(tokens[:2])  # 8 candidates by 4
-    assert first["flops_traces"] == 2 * n * sum(tokens[2:]) > 0
+    assert first["flops_hard_search"] == 2 * n * tokens[0]  # all 8 at once
+    assert first["flops_traces"] == 2 * n * sum(tokens[1:]) > 0
     pool = [prompt[r["problem"]] + len(r["ids"]) for r in traces]
     drawn = math.ceil(2 * len(pool) / 4) * 4
     whole, rest = divmod(drawn, len(pool))
@@ -575,13 +581,26 @@ def test_hard_problem_is_not_hard_or_trace_is_wrong(cli, script, tmp_path):
     """Hard means: no sample of --hard-k right. Traces: the ids that were sampled,
     right, within the cap; their log-prob is the base model's, in float64 from a plain
     forward pass. Problems without a trace stay in and are counted."""
-    assert cli(steps=1, trace_cap=60, eval_every=1).code == 0
+    assert cli(steps=1, trace_cap=60, hard_k=24, eval_every=1).code == 0
     found, first = records(tmp_path / "run"), metrics_of(tmp_path / "run")[0]
     none = [r for r in found if r["ids"] is None]
     traces = [r for r in found if r["ids"]]
     assert none and traces and first["without_trace"] == len(none)
     assert first["hard_problems"] == len(found)
     assert first["prefixed_problems"] <= 3 * len(traces)
+    (folder,) = (tmp_path / "runs/cache").iterdir()
+    chunks = sorted(folder.iterdir(), key=lambda path: int(path.name.split("-")[0]))
+    tried = [json.loads(path.read_text()) for path in chunks]
+    hits = [row[0] for row in tried[0]]  # of the 8 candidates, in --hard-k samples
+    assert chunks[0].name == "0-24.json" and 0 < hits.count(0) < 8
+    assert [r["problem"] for r in found] == [i for i, n in enumerate(hits) if n == 0]
+    spent = [int(path.stem.split("-")[1]) for path in chunks[1:]]
+    assert spent == [8, 8, 16, 28]  # 60 in all, and only for those without a trace
+    left = hits.count(0)
+    for rows in tried[1:]:
+        assert len(rows) == left
+        left -= sum(row[1] is not None for row in rows)
+    assert left == len(none)
     tokenizer = char_tokenizer()
     double = small_qwen3(len(tokenizer)).double()
     for r in traces:
@@ -659,6 +678,34 @@ def test_bad_trace_is_used_or_stops_the_run(cli, tmp_path, name):
     used = [r for r in records(tmp_path / "run") if r["ids"]]
     assert [r["ids"] for r in used] == [ids]
     assert metrics_of(tmp_path / "run")[0]["flops_traces"] == 0
+
+
+@pytest.mark.parametrize("logprob", ["NaN", "-Infinity", "0.5", "null", '"-3"', "-3"])
+def test_importance_weight_is_no_number(cli, tmp_path, logprob):
+    """JSON as Python reads it has NaN: one such log-prob and all weights are NaN. A
+    whole number is fine."""
+    ids = char_tokenizer()(["abcdx"])["input_ids"][0]
+    line = json.dumps({"prompt": "train 1:", "ids": ids})[:-1]
+    (tmp_path / "given.jsonl").write_text(f'{line}, "logprob": {logprob}}}\n')
+    flags = "--off-policy", "--strict-traces", "--prefixes-per-problem", 0
+    result = cli(*flags, traces="given.jsonl", steps=1)
+    if logprob == "-3":
+        assert result.code == 0, result
+        return
+    assert result.code == 2 and "line 1" in result.errors[0], result
+    assert "logprob" in result.errors[0] and not (tmp_path / "run").exists()
+
+
+def test_run_goes_on_with_other_problems(cli, tmp_path):
+    """traces.jsonl names a problem by its place: if the data changed, a resumed run
+    would put its traces behind other prompts, and say nothing."""
+    assert cli(steps=1).code == 0
+    task = tmp_path / "task.py"
+    task.write_text(PLUGIN.replace("range(12)", "range(1, 13)"))
+    result = cli("--resume", "run", "--steps", "2")
+    assert result.code == 2 and "problems" in result.errors[0], result
+    task.write_text(PLUGIN)
+    assert cli("--resume", "run", "--steps", "2").code == 0
 
 
 def test_trace_ids_are_made_anew_from_text(script, tmp_path):
@@ -921,10 +968,14 @@ def test_cache_of_another_search_is_used(cli, script, tmp_path, model):
     network, _ = model
     problems = [script.Problem("1+1=", "2")]
     base = cpu_args(script)
+    tokenizer, other = (
+        char_tokenizer(),
+        char_tokenizer(eos_token="~", pad_token="<pad>"),
+    )
     key = lambda **kw: script.search_folder(
         (network, kw.pop("net", network)),
-        kw.pop("p", problems),
-        kw.pop("r", len),
+        kw.pop("t", tokenizer),
+        (kw.pop("ids", [[5]]), kw.pop("p", problems), kw.pop("r", len)),
         base_with(kw),
     )
     base_with = lambda kw: script.dataclasses.replace(base, **kw)
@@ -934,6 +985,7 @@ def test_cache_of_another_search_is_used(cli, script, tmp_path, model):
     assert same == key(r=reward_a, steps=9, learning_rate=1.0, trace_cap=7, run_dir="x")
     others = [key(r=reward_b), key(r=reward_a, net=small_qwen3(98, seed=1))]
     others.append(key(r=reward_a, p=[script.Problem("1+1=", "3")]))
+    others += [key(r=reward_a, ids=[[6]]), key(r=reward_a, t=other)]
     for change in (dict(seed=2), dict(hard_k=3), dict(temperature=0.5)):
         others.append(key(r=reward_a, **change))
     others.append(key(r=reward_a, max_new_tokens=5))
@@ -1098,6 +1150,6 @@ def test_table_ends_in_a_traceback(tmp_path, monkeypatch, capsys, script, arms, 
     file.write_text(json.dumps(runs))
     lines = "".join(json.dumps(line) + "\n" for line in values)
     (tmp_path / "metrics.jsonl").write_text(lines)
-    script.report(tmp_path)
+    script.report(tmp_path, script.Args())
     text = capsys.readouterr().out
     assert "base 0.000  trained 0.150" in text and text.count(shown) == 1
