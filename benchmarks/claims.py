@@ -102,7 +102,6 @@ ARMS: dict[str, dict[str, str]] = {  # name: flags; the first arm fills the cach
     "prefixrl": {  # all end at about the FLOPs of the default
         "default": "",
         "rl": PLAIN,
-        "rl-fast": f"{PLAIN} --learning-rate 1e-3",
         "rl-64": f"{PLAIN} --group-size 64 --prompts-per-step 4",
         "sft-rl": f"{PLAIN} --sft-epochs 10",
         "off-policy": f"{PLAIN} --off-policy",
@@ -111,6 +110,8 @@ ARMS: dict[str, dict[str, str]] = {  # name: flags; the first arm fills the cach
         "only-80-95": f"{EQUAL} --plain-share 0 --prefix-low 0.8 --prefix-high 0.95",
         "half-plain": f"{EQUAL} --plain-share 0.5",
         "unmasked": f"{EQUAL} --no-mask-prefix",
+        "few": f"{EQUAL} --candidates 10",
+        "sft-rl-few": f"{PLAIN} --sft-epochs 10 --candidates 10",
     },
     "ppo_envs": {"default": ""},
 }
@@ -224,6 +225,8 @@ CLAIMS = {
               "eval/hard_pass@1 default off-policy higher 0.02", "flops"),
         claim("PrefixRL: half the FLOPs of SFT, then RL, solve as many",
               "eval/hard_pass@1 default sft-rl not-lower 0.02", "flops/2"),
+        claim("PrefixRL: of 10 problems, carries over to more than SFT, then RL",
+              "eval/pass@1 few sft-rl-few higher 0.02", "flops"),
         claim("PrefixRL: solves more with the prefix kept out of the loss",
               "eval/hard_pass@1 default unmasked higher 0.02", "flops"),
         claim("PrefixRL: 40-80 % prefixes alone teach the plain problems",
