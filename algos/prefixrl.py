@@ -46,9 +46,8 @@ A learning rate of 1e-6 and 128 prompts a step are the paper's, as far as it is 
 The first, with nothing to download, learns chains of nine moves, all of one skill, from
 a model that does a move right one time in three and a whole chain never. Its traces are
 those of a better model (--trace-model careful): to sample them is counted, the training
-of either is not. Countdown would not show the effect: its last steps teach little of
-its first. Nor would --trace-model base, with a base model that is right now and then:
-plain RL learns a lot from each right answer that the search finds.
+of either is not. What is learned behind a prefix can serve before it only where the
+steps have a skill in common, as here.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ Rewritten is what stands in README.md between <!-- KIND:SCRIPT --> and <!-- end 
     cell      one line for the table of algorithms
     results   the default arm's metrics and the verdicts of the claims
     picture   benchmarks/results/<script>.png
-    numbers   the table of another benchmark: vs_trl, estimator_cost, gradient_variance
+    numbers   the table of another benchmark, from its JSON file: vs_trl,
+              estimator_cost, gradient_variance, prefix_gradients, combination_lock
 """
 
 from __future__ import annotations
@@ -69,8 +70,11 @@ def picture(script: str, runs: list[dict]) -> str:
     """The picture, if there is one."""
     path = claims.RESULTS / f"{script}.png"
     link = path.relative_to(claims.ROOT).as_posix()
-    what = ", ".join(claims.METRICS[script].replace("eval/", "").split())
-    shown = f"![{script}: {what} over training]({link})" if path.exists() else NOT_YET
+    x, arms, metrics = report.PICTURES[script][""]
+    what = ", ".join(report.AXES.get(metric, metric) for metric in metrics.split())
+    arms = [arm for arm in arms.split() if arm in {run["arm"] for run in runs}]
+    text = f"{script}, {', '.join(arms)}: {what}, by {report.AXES[x]}"
+    shown = f"![{text}]({link})" if path.exists() else NOT_YET
     return f"\n{shown}\n"  # Markdown takes a line that begins with a comment as HTML
 
 
@@ -175,6 +179,47 @@ def gradient_variance(found: dict) -> tuple[str, list[str], list[list[str]]]:
     return intro, columns, rows
 
 
+def prefix_gradients(found: dict) -> tuple[str, list[str], list[list[str]]]:
+    """Gradients with and without prefixes at the same policies."""
+    rows = []
+    for where, kinds in found["policies"].items():
+        for kind, row in kinds.items():
+            cells = [where, kind]
+            for name in ("live", "norm", "std", "snr"):
+                low, high = row[f"{name}_interval"]
+                cells.append(f"{row[name]:.3f} [{low:.3f}, {high:.3f}]")
+            rows.append(cells)
+    intro = (
+        f"{found['flags']['batches']} batches of 32 groups of 8 of each kind at each "
+    )
+    intro += (
+        "policy; [95 % bootstrap over batches]. SNR: |E g|^2 over the variance of one "
+    )
+    intro += "batch's gradient."
+    columns = ["policy", "batches", "live groups", "gradient norm", "its std", "SNR"]
+    return intro, columns, rows
+
+
+def combination_lock(found: dict) -> tuple[str, list[str], list[list[str]]]:
+    """Training on prefixed locks alone, with shared parameters and without."""
+    rows = {}
+    for run in found["runs"]:
+        band = "{:.0f}-{:.0f} %".format(*(100 * x for x in run["band"]))
+        ends = run["lines"][0], run["lines"][-1]
+        rows.setdefault((run["policy"], band), []).append(
+            [end[name] for name in ("plain", "before") for end in ends]
+        )
+    mean = lambda values: [f"{sum(x) / len(x):.3f}" for x in zip(*values)]
+    table = [[*key, *mean(values)] for key, values in rows.items()]
+    seeds = len(next(iter(rows.values())))
+    intro = (
+        f"the mean of {seeds} seeds: the chance to open a lock without a prefix, and "
+    )
+    intro += "to set those wheels right that every prefix has set already."
+    columns = ["policy", "prefixes", "opened, before", "after", "first wheels, before"]
+    return intro, [*columns, "after"], table
+
+
 def numbers(name: str, found: dict) -> str:
     """The table of another benchmark, with its command."""
     if not found:
@@ -183,10 +228,12 @@ def numbers(name: str, found: dict) -> str:
         "vs_trl": vs_trl,
         "estimator_cost": estimator_cost,
         "gradient_variance": gradient_variance,
+        "prefix_gradients": prefix_gradients,
+        "combination_lock": combination_lock,
     }[name](found)
     where = (claims.RESULTS / name).relative_to(claims.ROOT).as_posix()
     intro = f"[`python benchmarks/{name}.py`](benchmarks/{name}.py), {intro} "
-    intro += f"{found['hardware']}; [all numbers]({where}.json)."
+    intro += f"{found.get('hardware', 'No GPU')}; [all numbers]({where}.json)."
     return f"\n{intro}\n\n{report.table(columns, rows)}\n\n"
 
 

@@ -50,6 +50,7 @@ AXES = {  # what an axis shows, with its unit
     "k": "completions of a problem, k",
     "flops": "total FLOPs, sampling of traces included",
     "eval/pass@1": "held-out problems solved (share)",
+    "eval/pass@8": "solved in 8 tries",
     "eval/hard_pass@1": "hard problems solved without a prefix (share)",
     "eval/reverse_kl": "reverse KL to the teacher (nats per token)",
     "eval/qr": "best quality ratio among k completions",
@@ -162,6 +163,11 @@ def made_of(runs: list[dict]) -> str:
     walls = [run["wall_seconds"] for run in runs if run["wall_seconds"]]
     if walls:
         parts.append(f"wall time of a run {min(walls):.0f} to {max(walls):.0f} s")
+        threads = sorted({run["threads"] for run in runs if run.get("threads")})
+        if threads:
+            parts[-1] += f" (OMP_NUM_THREADS: {', '.join(map(str, threads))})"
+        warm = sum(run["cache_warm"] is True for run in runs)
+        parts[-1] += f", {warm} of {len(runs)} from a warm cache"
     return "; ".join(parts)
 
 
