@@ -674,8 +674,8 @@ def test_readme_is_not_rewritten(papers):
     assert "pass@1 +0.200 [+0.200, +0.200], 5 seeds<!-- end --> |" in text
     assert "| default | pass@1 | 5 | 0.130 | 0.330 [" in text
     assert "| 5 | +0.200 [+0.200, +0.200] | replicated |" in text
-    picture = "![grpo, default: held-out problems solved (share), solved in 8 tries, by "
-    assert f"\n{picture}training step (batches)](results/grpo.png)\n" in text
+    picture = "![grpo, default: held-out problems solved (share), solved in 8 tries, "
+    assert f"\n{picture}by training step (batches)](results/grpo.png)\n" in text
     assert text.startswith("# R\n") and text.endswith("\n\nby hand\n")
     assert "cost nothing | 7 | 7 | 2.00 (1.50 to 2.50) | 9 | 9 |" in text
     assert readme.main(["--check"]) == 0
