@@ -3,7 +3,7 @@
     python benchmarks/gradient_variance.py [--batches 96] [--batch-size 16]
 
 Students: the tiny base model, and what a run of the script has made of it after
---after steps (cached in --work). At each of them --batches batches of completions are
+--after steps (cached in --work, by the code's hash). At each of them --batches batches of completions are
 drawn, and every estimator sees the same ones. With g_k the gradient on batch k, all
 weights as one vector, K batches:
 
@@ -30,6 +30,7 @@ import sys
 import time
 from pathlib import Path
 
+import claims
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -171,7 +172,8 @@ def main() -> None:
     parser.add_argument("--work", default=str(ROOT / "runs" / "gradient_variance"))
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results"))
     flags = parser.parse_args()
-    work, vopd = Path(flags.work).resolve(), load_vopd()
+    code = claims.code_hash([SCRIPT.read_text()])
+    work, vopd = Path(flags.work, code).resolve(), load_vopd()
     out = Path(flags.out).resolve()
     work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -188,6 +190,7 @@ def main() -> None:
     result = {"hardware": f"{os.cpu_count()} CPU cores, no GPU"}
     result |= {
         "torch": torch.__version__,
+        "code": code,
         "flags": vars(flags) | {"work": "", "out": ""},
     }
     result |= {"run": saved["args"], "students": {}}
