@@ -3,9 +3,9 @@
     python benchmarks/gradient_variance.py [--batches 96] [--batch-size 16]
 
 Students: the tiny base model, and what a run of the script has made of it after
---after steps (cached in --work, by the code's hash). At each of them --batches batches of completions are
-drawn, and every estimator sees the same ones. With g_k the gradient on batch k, all
-weights as one vector, K batches:
+--after steps (cached in --work, by the code's hash). At each of them --batches batches
+of completions are drawn, and every estimator sees the same ones. With g_k the gradient
+on batch k, all weights as one vector, K batches:
 
     total variance  E|g|^2 - |E g|^2: mean |g_k|^2 - mean over i /= j of g_i.g_j
     bias            |E d|, d_k = g_k - (that of `full` on batch k), from the mean over

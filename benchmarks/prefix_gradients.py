@@ -3,10 +3,11 @@
     python benchmarks/prefix_gradients.py [--batches 64] [--after 0 50 200]
 
 Policies: the tiny base model (step 0), and what a default run of the script has made of
-it after some steps (cached in --work). At each of them, for every kind of batch below,
---batches batches of 32 groups of 8 are drawn, and each goes through the script's own
-`update` (Z is that of the batch, as there), of which the gradient is kept and no step
-is taken. With g_k the gradient on batch k, all weights as one vector, K batches:
+it after some steps (cached in --work, by the code's hash). At each of them, for every
+kind of batch below, --batches batches of 32 groups of 8 are drawn, and each goes
+through the script's own `update` (Z is that of the batch, as there), of which the
+gradient is kept and no step is taken. With g_k the gradient on batch k, all weights as
+one vector, K batches:
 
     live      share of groups with a reward that is not all equal: the others have none
     norm      mean |g_k|
@@ -32,6 +33,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import claims
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -186,12 +188,14 @@ def main() -> None:
     parser.add_argument("--work", default=str(ROOT / "runs" / "prefix_gradients"))
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results"))
     flags = parser.parse_args()
-    work, prefixrl = Path(flags.work).resolve(), load_prefixrl()
+    code = claims.code_hash([SCRIPT.read_text()])
+    work, prefixrl = Path(flags.work, code).resolve(), load_prefixrl()
     out = Path(flags.out).resolve()
     for folder in (work, out):
         folder.mkdir(parents=True, exist_ok=True)
     result = {"hardware": f"{os.cpu_count()} CPU cores, no GPU"}
-    result |= {"torch": torch.__version__, "flags": vars(flags) | {"work": ""}}
+    result |= {"torch": torch.__version__, "code": code}
+    result["flags"] = vars(flags) | {"work": ""}
     result["flags"]["out"], result["policies"] = "", {}
     last = max(flags.after)
     run_until(last, work, flags)
