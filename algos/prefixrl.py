@@ -44,7 +44,7 @@ A learning rate of 1e-6 and 128 prompts a step are the paper's, as far as it is 
         --trace-cap 2500 --prompts-per-step 128 --max-new-tokens 4096
 
 The first, with nothing to download, learns chains of nine moves, all of one skill, from
-a model that does a move right one time in three and a whole chain never. Its traces are
+a model that does a move right one time in four and a whole chain never. Its traces are
 those of a better model (--trace-model careful): to sample them is counted, the training
 of either is not. What is learned behind a prefix can serve before it only where the
 steps have a skill in common, as here.
@@ -171,7 +171,7 @@ class Problem(NamedTuple):
 
 
 MOVES = {"+": 1, "-": -1, "*": 3}
-SLIPS = {"tiny": 0.68, "careful": 0.1}  # in the answers that a model starts from
+SLIPS = {"tiny": 0.76, "careful": 0.1}  # in the answers that a model starts from
 
 
 def chain_problems(
