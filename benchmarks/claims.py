@@ -253,6 +253,12 @@ WEAK = (
     "a batch is not stated."
 )
 SAME = "As for the quality ratio."
+SKILL = (
+    "The traces are of a model that does nine moves of ten right, and some 90 of them "
+    "show each of the 30 moves that there are about 25 times: to imitate them is to "
+    "take over that model's whole skill, which traces of hard mathematics do not hold. "
+    "The arms few and sft-rl-few, with ten problems, are there to test this."
+)
 EXPLANATIONS = {  # text of a claim: what was tried when it fails
     "DMPO: the quality ratio is above GRPO's": WEAK,
     "DMPO: more answers are feasible than with GRPO": SAME,
@@ -265,6 +271,8 @@ EXPLANATIONS = {  # text of a claim: what was tried when it fails
         "dm_coefficient): it keeps more diversity and loses quality. As weak as the "
         "square (arm weak-forward-kl) it is like the square."
     ),
+    "PrefixRL: solves more than SFT, then RL, at equal FLOPs": SKILL,
+    "PrefixRL: half the FLOPs of SFT, then RL, solve as many": SKILL,
 }
 
 # -------------------------------------- Runs ------------------------------------------
