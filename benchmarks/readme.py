@@ -139,13 +139,17 @@ def estimator_cost(found: dict) -> tuple[str, list[str], list[list[str]]]:
     sizes = found["vocabularies"]
     rows = [
         [f"`{name}`"]
-        + [f"{rows[name]['time_ratio']:.2f}, {rows[name]['memory_ratio']:.2f}"
-           for rows in sizes.values()]
+        + ["{time_ratio:.2f} ({time_ratio_range[0]:.2f} to {time_ratio_range[1]:.2f}), "
+           "{memory_ratio:.2f}".format(**rows[name]) for rows in sizes.values()]
         for name in next(iter(sizes.values()))
     ]  # fmt: skip
     intro = f"Loss and backward pass of {found['tokens']:,} tokens, hidden size "
-    intro += f"{found['hidden']:,}, {found['threads']} threads: time and peak memory, "
-    intro += "each as a ratio to `sampled` in the same run."
+    intro += (
+        f"{found['hidden']:,}, OMP_NUM_THREADS {found['threads']}: time (its range "
+    )
+    intro += (
+        "over turns) and peak memory, each as a ratio to `sampled` in the same run."
+    )
     return intro, ["estimator", *(f"V = {int(v):,}" for v in sizes)], rows
 
 
