@@ -601,6 +601,11 @@ class Trace(NamedTuple):
     logprob: float | None = None
 
 
+def bare_ids(trace: Trace, eos: int) -> list[int]:
+    """The ids without a final EOS, which is no part of what is cut."""
+    return trace.ids[:-1] if trace.ids[-1] == eos else trace.ids
+
+
 def needs_traces(args: Args) -> bool:
     """Plain RL does without."""
     return bool(args.prefixes_per_problem or args.sft_epochs or args.off_policy)
@@ -781,12 +786,12 @@ def cut_prefix(trace: list[int], low: float, high: float, rng) -> list[int]:
 
 def cut_prefixes(traces: dict[int, Trace], eos: int, args: Args) -> list[tuple]:
     """Phase 2: the prefixed problems (index, prefix), args.prefixes_per_problem of each
-    trace, a function of the seed. A final EOS is no part of what is cut; what is too
-    short for a prefix stays a plain problem."""
+    trace, a function of the seed. What is too short for a prefix stays a plain
+    problem."""
     pairs = []
     for i, trace in traces.items():
         rng = random.Random(f"{args.seed} prefix {i}")
-        ids = trace.ids[:-1] if trace.ids[-1] == eos else trace.ids
+        ids = bare_ids(trace, eos)
         for _ in range(args.prefixes_per_problem):
             pairs.append((i, cut_prefix(ids, args.prefix_low, args.prefix_high, rng)))
     return [(i, prefix) for i, prefix in pairs if prefix]
@@ -1079,7 +1084,8 @@ def evaluate_all(model, tokenizer, tests, hard, traces, reward, args) -> dict:
         metrics |= {key.replace("/", f"/{name}"): x for key, x in found.items()}
     chosen = [*traces][:most]
     for percent in range(0, 100, 20) if len(chosen) >= WORLD_SIZE else ():
-        cuts = [traces[i].ids[: len(traces[i].ids) * percent // 100] for i in chosen]
+        ids = [bare_ids(traces[i], tokenizer.eos_token_id) for i in chosen]
+        cuts = [x[: len(x) * percent // 100] for x in ids]
         posed = [hard[0][i] for i in chosen], cuts, [hard[1][i] for i in chosen]
         found = evaluate(model, tokenizer, *posed, reward, args)
         metrics[f"eval/from_{percent}%"] = found["eval/pass@1"]
@@ -1283,6 +1289,16 @@ def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, floa
     return metrics | {"peak_memory_gb": peak / 2**30}
 
 
+@contextlib.contextmanager
+def resumable(args: Args) -> Iterator[None]:
+    """Ctrl-C before the first step: what was tried is cached, the base model saved."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        tqdm.write(f"stopped before the first step; to go on: --resume {args.run_dir}")
+        sys.exit(130)
+
+
 def begin(model, tokenizer, optimizer, hard, traces, tests, reward, args) -> dict:
     """Imitation if asked for, and the first evaluation; a checkpoint."""
     everything = tests, hard, traces, reward, args
@@ -1391,7 +1407,8 @@ def train(args: Args) -> int:
     else:  # phase 1
         if RANK == 0:  # from here on --resume works, whatever the phase
             save_checkpoint(run_dir, 0, model, tokenizer, optimizer)
-        found, metrics = find_traces(model, sampler, tokenizer, posed, given, args)
+        with resumable(args):
+            found, metrics = find_traces(model, sampler, tokenizer, posed, given, args)
         if RANK == 0:
             lines = "".join(f"{json.dumps(record)}\n" for record in found)
             (run_dir / "traces.jsonl").write_text(lines)
@@ -1404,10 +1421,11 @@ def train(args: Args) -> int:
     plain = [(i, []) for i in range(len(found))]
     everything = hard, traces, tests, reward, args
     if not begun:
-        metrics |= begin(model, tokenizer, optimizer, *everything)
-        metrics["flops"] = sum(x for key, x in metrics.items() if key[:6] == "flops_")
-        metrics |= {"step": 0, "prefixed_problems": len(prefixed)}
-        write_logs(args, metrics, {})
+        with resumable(args):
+            metrics |= begin(model, tokenizer, optimizer, *everything)
+            spent = sum(x for key, x in metrics.items() if key[:6] == "flops_")
+            metrics |= {"step": 0, "flops": spent, "prefixed_problems": len(prefixed)}
+            write_logs(args, metrics, {})
     if WORLD_SIZE > 1:
         dist.barrier()  # until metrics.jsonl is there
     done = [json.loads(line) for line in log.open()][-1]

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -268,6 +268,23 @@ def test_prefixes_change_from_run_to_run_or_with_each_other(script):
     fewer = script.cut_prefixes({5: traces[5]}, 1, args)
     assert fewer == [pair for pair in first if pair[0] == 5]
     assert not script.cut_prefixes(traces, 1, cpu_args(script, prefixes_per_problem=0))
+
+
+def test_evaluation_counts_the_stop_token_as_part_of_the_trace(script, monkeypatch):
+    """With its EOS a trace of 9 ids has 10, and 20, 40 ... 80 % of it are other cuts
+    than those of training: eval/from_80% starts at 7 ids, with and without an EOS."""
+    seen, ids, problem = [], [*range(10, 19)], script.Problem("p", "a")
+
+    def evaluate(model, tokenizer, prompts, prefixes, *rest):
+        seen.append(prefixes)
+        return {"eval/pass@1": 0.0}
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    traces = {0: script.Trace([*ids, 1]), 1: script.Trace(ids)}
+    hard, tokenizer = ([[5], [6]], [problem] * 2), SimpleNamespace(eos_token_id=1)
+    around = ([[7]], [problem]), hard, traces, None, cpu_args(script)
+    script.evaluate_all(None, tokenizer, *around)
+    assert seen[2:] == [[ids[:h]] * 2 for h in (0, 1, 3, 5, 7)]
 
 
 def test_trace_ends_inside_its_prefix(script):
@@ -948,8 +965,8 @@ def test_kill_before_the_first_step_loses_the_run(
         return real(*args)
 
     monkeypatch.setattr(script, where, dies)
-    with pytest.raises(KeyboardInterrupt):
-        cli(run_dir="half", **changes)
+    stopped = cli(run_dir="half", **changes)
+    assert stopped.code == 130 and "--resume half" in stopped.stdout
     monkeypatch.setattr(script, where, real)
     tried = script.attempts
     again = functools.wraps(tried)(lambda *args: made.append(args[-2]) or tried(*args))
