@@ -403,7 +403,8 @@ def compiled(function: Callable, args: Args) -> Callable:
         return function
     shapes = None if WORLD_SIZE > 1 else False  # a rank's share of a minibatch varies
     if args.device != "cuda":
-        return torch.compile(function, dynamic=shapes)
+        options = {"cpp_wrapper": args.device == "cpu"}  # no Python between its kernels
+        return torch.compile(function, dynamic=shapes, options=options)
     graph = torch.compile(function, dynamic=shapes, mode="reduce-overhead")
 
     def call(*inputs):
@@ -467,12 +468,12 @@ class Agent(torch.nn.Module):
         self.register_buffer("gradient", 0 * theta, persistent=False)
         self.register_buffer("last", 0 * actor, persistent=False)
         self.register_buffer("sums", torch.zeros(8), persistent=False)
-        self.act = compiled(self.act, args)
+        self.act, self.outputs = (compiled(x, args) for x in (self.act, self.outputs))
         functions = add_and_descend, add_gradient, descend
         self.graphs = [compiled(function, args) for function in functions]
 
     def normalize(self, obs: torch.Tensor) -> torch.Tensor:
-        return ((obs - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
+        return ((obs.float() - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
     def see(self, obs: torch.Tensor) -> None:
         """Take obs (B, O) into the running mean and variance (Chan et al. 1979)."""
@@ -692,8 +693,9 @@ def add_and_descend(agent: Agent, *minibatch: torch.Tensor) -> None:
 def moments(x: torch.Tensor) -> tuple:
     """Mean and variance over the rows of x (B, ...) of all ranks."""
     parts, count = x.split(2**16), len(x) * WORLD_SIZE
-    mean = all_reduce(sum(part.sum(0) for part in parts)) / count
-    return mean, all_reduce(sum(((y - mean) ** 2).sum(0) for y in parts)) / count
+    mean = all_reduce(sum(y.sum(0) for y in parts)) / count
+    squares = sum(((y.float() - mean) ** 2).sum(0) for y in parts)  # y may be bool
+    return mean, all_reduce(squares) / count
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -48,6 +49,22 @@ def run(ppo, monkeypatch, tmp_path):
     yield call
     for number, handler in handlers:
         ppo.signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["cartpole", "acrobot", "pendulum", "breakout"])
+def test_dtype_of_an_environment_breaks_training(ppo, run, name):
+    """Observations come in the smallest exact dtype: bool cannot be subtracted from, a
+    float64 or int8 reward may not go into the loss. Each built-in environment trains,
+    and the normaliser holds the moments of what was seen."""
+    seen, real = [], ppo.Agent.see
+    spy = lambda agent, obs: seen.append(obs.double()) or real(agent, obs)
+    with mock.patch.object(ppo.Agent, "see", spy):
+        run("--env", name, "--steps", 2, "--run-dir", "run", "--compile", "off")
+    agent = torch.load("run/checkpoint/state.pt", weights_only=True)["agent"]
+    seen = torch.cat(seen)
+    torch.testing.assert_close(agent["mean"].double(), seen.mean(0))
+    torch.testing.assert_close(agent["var"].double(), seen.var(0, correction=0))
+    assert agent["theta"].isfinite().all() and agent["past"][0] > 0
 
 
 # ------------------------------------ Advantages --------------------------------------
