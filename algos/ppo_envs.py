@@ -15,11 +15,12 @@ same minibatch size, the same learning rate, only more minibatches.
               - c_v E[(V - V_b - A)^2] / 2 + c_e E[entropy(pi)]
     pi_prox = pi_b: PPO, --ewma-com 0; or PPO-EWMA: the policy of averaged weights,
               those k gradient steps old weigh beta^k; --ewma-com is their mean age,
-              the centre of mass beta / (1 - beta): larger is a smaller outer step
+              the centre of mass beta / (1 - beta): larger is a smaller outer step,
+              which --ewma-from makes smaller in the middle of a run
     DDR     = N S / KL(pi_b || pi_updated): transitions per unit of divergence
 
 The paper's: the outer step, the recipe, its wrong arms (--scaling), DDR, PPO-EWMA as
-the knob of that step. Ours: the direction of DDR's KL, its mean over up to 2^18 states
+the knob of that step. Ours: the direction of DDR's KL, its mean over up to 2^12 states
 of the batch; networks and constants; the gradient noise scale tr(Sigma) / |G|^2 of the
 actor, in transitions, from minibatches g, g' in a row: B |g - g'|^2 / (2 g.g').
 
@@ -96,6 +97,7 @@ class Args:
     base_envs: int = 256  # --num-envs at which the wrong arms equal the recipe
     epochs: int = 4  # passes over each batch
     ewma_com: float = 0.0  # centre of mass of pi_prox in gradient steps; 0: plain PPO
+    ewma_from: int = 1  # step that begins with it; plain PPO before
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # lambda
     clip: float = 0.2  # e
@@ -451,7 +453,7 @@ class Agent(torch.nn.Module):
 
     def __init__(self, env: TensorEnv | OtherEnv, args: Args):
         super().__init__()
-        self.discrete, self.args = env.discrete, args
+        self.discrete, self.args = env.discrete, dataclasses.replace(args)
         hidden = [args.hidden_size] * args.hidden_layers
         self.sizes = [[env.obs_size, *hidden, n] for n in (env.outputs, 1)]
         actor, critic = map(mlp_weights, self.sizes, (0.01, 1.0))
@@ -708,7 +710,7 @@ def learn(agent: Agent, batch: dict, args: Args) -> dict:
     data = [batch["obs"], batch["actions"], batch["logprobs"], advantages, returns]
     data, (size, _) = [x.flatten(0, 1) for x in data], recipe(args)
     total, few = args.num_envs * args.rollout_length, data[0]
-    few = few[:: -(-len(few) // 2**18)]
+    few = few[:: -(-len(few) // 2**12)]
     before = agent.policy(*in_pieces(agent.outputs, few))
     # neighbours are different environments: shuffling blocks of them is as good
     most = 2 ** max(0, total.bit_length() - 21)
@@ -718,7 +720,6 @@ def learn(agent: Agent, batch: dict, args: Args) -> dict:
     whole = WORLD_SIZE == 1 and size <= piece * block  # all of it in one graph
     both, add, step = agent.graphs
     agent.sums.zero_()
-    agent.past[2] *= args.ewma_com > 0  # plain PPO: pi_prox begins as pi
     for _ in range(args.epochs):
         agent.last.zero_()
         order = torch.randperm(total // block, device=args.device)
@@ -731,6 +732,9 @@ def learn(agent: Agent, batch: dict, args: Args) -> dict:
             if not whole:
                 all_reduce(agent.gradient)
                 step(agent)
+    if not agent.args.ewma_com:  # plain PPO: pi_prox is the next pi_b
+        agent.proximal.copy_(agent.theta[: agent.parts[0]])
+        agent.past[2] = 0
     after = agent.policy(*in_pieces(agent.outputs, few))
     kl = all_reduce(td.kl_divergence(before, after).mean()) / WORLD_SIZE
     terms, rest = agent.sums.clone().split(4)
@@ -886,6 +890,7 @@ def check(args: Args) -> None:
         (args.num_envs % WORLD_SIZE, f"{WORLD_SIZE} ranks do not divide --num-envs"),
         (max(args.gamma, args.gae_lambda) > 1, "--gamma, --gae-lambda: at most 1"),
         (args.clip >= 1, "--clip must be below 1"),
+        (args.ewma_from > 1 and not args.ewma_com, "--ewma-from needs --ewma-com"),
         (not 0 < size <= batch, f"minibatches of {size} are 0 or larger than {has}"),
         (size and batch % size, f"minibatches of {size} do not divide {has}"),
     ):
@@ -967,6 +972,7 @@ def train(args: Args) -> int:
         torch.manual_seed(args.seed * 10**9 + step)  # no state of it to save
         start = time.perf_counter()
         totals, clock = collect(agent, env, live, batch, args)
+        agent.args.ewma_com = args.ewma_com * (step >= args.ewma_from)
         stats = learn(agent, batch, args)
         agent.see(batch["obs"].flatten(0, 1))
         transitions = step * args.num_envs * args.rollout_length

@@ -364,6 +364,35 @@ def test_kl_is_measured_in_the_other_direction(ppo):
         assert x["proximal_age"].item() == (4 * 512 / 64 - 1) / 2
 
 
+def test_cut_of_the_outer_step_acts_too_early_or_on_an_old_anchor(ppo, run):
+    """--ewma-from 3: two steps of plain PPO, bit for bit, then an average that starts
+    from the policy of that moment: its mean age in step 3 is that of a recursion from
+    age 0 on, and a resume in between changes nothing."""
+    small = "--env", "cartpole", "--minibatch-size", "64", "--save-every", 1
+    run(*small, "--steps", 4, "--run-dir", "plain")
+    run(*small, "--ewma-com", 2, "--steps", 4, "--run-dir", "always")
+    cut = *small, "--ewma-com", 2, "--ewma-from", 3
+    run(*cut, "--steps", 4, "--run-dir", "cut")
+    run(*cut, "--steps", 2, "--run-dir", "resumed")
+    run("--resume", "resumed", "--steps", 4)
+    names = "policy_loss", "value_loss", "kl", "grad_norm", "proximal_age"
+    curves = {
+        name: [[line.get(x) for x in names] for line in metrics_of(Path(name))[1:]]
+        for name in ("plain", "always", "cut", "resumed")
+    }
+    assert curves["cut"][:2] == curves["plain"][:2] != curves["always"][:2]
+    assert curves["cut"][2][2] != curves["plain"][2][2]
+    assert curves["cut"] == curves["resumed"]
+    total, age, ages = 1.0, 0.0, []
+    updates = json.loads(Path("cut/args.json").read_text())["args"]
+    updates = updates["rollout_length"] * updates["num_envs"] // 64 * 4
+    for _ in range(updates):  # the age that each update of step 3 begins with
+        ages.append(age)
+        total = total * 2 / 3 + 1
+        age = (age + 1) * (1 - 1 / total)
+    assert curves["cut"][2][4] == pytest.approx(sum(ages) / updates, rel=1e-4)
+
+
 def test_ewma_anchor_never_moves(ppo):
     """With --ewma-com the proximal weights follow the learner's and change the
     result."""
