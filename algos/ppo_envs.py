@@ -555,7 +555,8 @@ def collect(agent, env, live: dict, batch: dict, args: Args) -> tuple:
         # V(final_obs) where an episode was cut off; a GPU takes all rows, not to wait
         rows = truncated.nonzero()[:, 0] if args.device == "cpu" else slice(None)
         next_values = torch.zeros_like(values)
-        (next_values[rows],) = agent.value(final_obs[rows])
+        if args.device != "cpu" or len(rows):
+            (next_values[rows],) = agent.value(final_obs[rows])
         step = dict(obs=live["obs"], actions=actions, logprobs=logprobs, values=values)
         step |= dict(rewards=rewards, terminated=terminated, truncated=truncated)
         for name, x in {**step, "next_values": next_values}.items():

@@ -73,6 +73,18 @@ RUNNING: list[subprocess.Popen] = []
 
 EQUAL = "--steps 100000 --max-flops 5e11 --eval-every 100"  # of prefixrl
 PLAIN = f"{EQUAL} --prefixes-per-problem 0"
+
+
+def breakout(num_envs: int, more: str = "") -> str:
+    """Flags of ppo_envs for 7 x 2^19 transitions, an evaluation after each seventh."""
+    every = 2**19 // (32 * num_envs)
+    counts = f"--num-envs {num_envs} --rollout-length 32 --steps {7 * every}"
+    counts += f" --eval-every {every} --save-every {every} --base-envs 64"
+    return f"--env breakout --compile on {counts} {more}".strip()
+
+
+ENVS = 16, 64, 256, 1024, 4096, 16384
+WRONG = {"size": "minibatch-size", "sqrt": "minibatch-size-sqrt-lr"}
 ARMS: dict[str, dict[str, str]] = {  # name: flags; the first arm fills the caches
     "grpo": {
         "default": "",
@@ -113,7 +125,18 @@ ARMS: dict[str, dict[str, str]] = {  # name: flags; the first arm fills the cach
         "few": f"{EQUAL} --candidates 10",
         "sft-rl-few": f"{PLAIN} --sft-epochs 10 --candidates 10",
     },
-    "ppo_envs": {"default": ""},
+    "ppo_envs": {  # at 64 environments the scalings are one: recipe-64
+        "default": "",
+        **{f"recipe-{n}": breakout(n) for n in ENVS},
+        **{
+            f"{name}-{n}": breakout(n, f"--scaling {scaling}")
+            for name, scaling in WRONG.items()
+            for n in ENVS
+            if n != 64
+        },
+        **{f"ewma-{com}": breakout(64, f"--ewma-com {com}") for com in (16, 64, 256)},
+        "cut": breakout(64, "--ewma-com 256 --ewma-from 1025"),  # after four sevenths
+    },
 }
 OTHER_PROGRAM = {"trl": "benchmarks/trl_grpo.py"}  # arms that run it, with the same CLI
 QUICK = {"grpo": "updates-2", "vopd": "sampled", "dmpo": "grpo", "prefixrl": "rl"}
@@ -123,7 +146,7 @@ METRICS = {  # of the arms' table, on held-out problems, or on hard training pro
     "dmpo": "eval/sr eval/qr eval/qr@2 eval/qr@4 eval/qr@8 eval/qr@16 eval/entropy "
     "eval/distinct_feasible eval/distinct_optimal grpo_coefficient dm_coefficient",
     "prefixrl": "eval/hard_pass@1 eval/hard_pass@8 eval/pass@1 eval/pass@8",
-    "ppo_envs": "eval/episode_return",
+    "ppo_envs": "eval/episode_return ddr kl proximal_age",
 }
 PAPERS = {
     "DeepSeekMath": "arXiv 2402.03300",
@@ -133,6 +156,7 @@ PAPERS = {
     "DMPO": "arXiv 2605.19461",
     "PrefixRL": "arXiv 2601.18795",
     "PPO": "arXiv 1707.06347",
+    "1M environments": "arXiv 2603.06009",
 }
 
 
@@ -140,7 +164,9 @@ class Claim(NamedTuple):
     """Arm A against arm B, or against "base": A's own first evaluation. `at` says when:
     end: at the last evaluation; every: at each one (the interval spans all of them);
     flops: at the smaller total FLOPs of the two runs, between evaluations on the line
-    through them; flops/2: A at half of B's total FLOPs, B at its end."""
+    through them; flops/2: A at half of B's total FLOPs, B at its end; ranks: the rank
+    correlation of the metric at the end with B (num_envs, or the median ddr) over the
+    arms of the families A (family-16, ...; all of them have the arm recipe-64)."""
 
     text: str  # paper: what it claims, in our words
     metric: str  # "x-y" is the difference of two metrics
@@ -239,6 +265,26 @@ CLAIMS = {
     "ppo_envs": [
         claim("PPO: learns CartPole",
               "eval/episode_return default base higher 10"),
+        claim("1M environments: with the recipe, more of them end higher",
+              "eval/episode_return recipe num_envs higher 0.2", "ranks"),
+        claim("1M environments: not if the minibatch grows with them",
+              "eval/episode_return size num_envs not-higher 0.2", "ranks"),
+        claim("1M environments: nor if the rate grows by the square root too",
+              "eval/episode_return sqrt num_envs not-higher 0.2", "ranks"),
+        claim("1M environments: 16,384 end higher than 16 with the recipe",
+              "eval/episode_return recipe-16384 recipe-16 higher 1"),
+        claim("1M environments: at 1,024 the recipe is above a larger minibatch",
+              "eval/episode_return recipe-1024 size-1024 higher 1"),
+        claim("1M environments: at 1,024 it is above the square root, too",
+              "eval/episode_return recipe-1024 sqrt-1024 higher 1"),
+        claim("1M environments: DDR orders the ends of all these runs",
+              "eval/episode_return recipe+size+sqrt ddr higher 0.2", "ranks"),
+        claim("1M environments: DDR orders the ends of the recipe's runs",
+              "eval/episode_return recipe ddr higher 0.2", "ranks"),
+        claim("1M environments: a smaller outer step by PPO-EWMA ends higher",
+              "eval/episode_return ewma-64 recipe-64 higher 1"),
+        claim("1M environments: cutting the outer step in mid-run revives learning",
+              "eval/episode_return cut recipe-64 higher 1"),
     ],
 }  # fmt: skip
 WEAK = (

@@ -5,6 +5,7 @@ Everything here is a function of the records in benchmarks/results/<script>.json
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,20 @@ PICTURES = {  # suffix: (x, arms, metrics); x = k draws metric@k of the last eva
             "eval/hard_pass@1",
         ),
     },
-    "ppo_envs": {"": ("step", "default", "eval/episode_return")},
+    "ppo_envs": {
+        "": ("num_envs", "recipe size sqrt", "eval/episode_return"),
+        "-ddr": ("ddr", "recipe size sqrt", "eval/episode_return"),
+        "-recipe": (
+            "transitions",
+            "recipe-16 recipe-64 recipe-256 recipe-1024 recipe-4096 recipe-16384",
+            "eval/episode_return",
+        ),
+        "-ewma": (
+            "transitions",
+            "recipe-64 ewma-16 ewma-64 ewma-256 cut",
+            "eval/episode_return",
+        ),
+    },
 }
 AXES = {  # what an axis shows, with its unit
     "step": "training step (batches)",
@@ -57,6 +71,9 @@ AXES = {  # what an axis shows, with its unit
     "eval/distinct_feasible": "distinct feasible answers among 16",
     "eval/entropy": "entropy of a token (nats)",
     "eval/episode_return": "mean return of the evaluation episodes",
+    "num_envs": "environments (N)",
+    "ddr": "transitions per nat of KL(behaviour || updated)",
+    "transitions": "transitions",
     "samples/wrong_length": "length of wrong answers (characters)",
 }
 NOTE = """Interval: 95 % percentile bootstrap of the interquartile mean (IQM) over
@@ -134,8 +151,45 @@ def pair(a: dict, b: dict, claim) -> tuple[np.ndarray, np.ndarray] | None:
     return a[-1:], b[-1:]
 
 
+def family(runs: list[dict], names: str) -> list[dict]:
+    """The runs of the arms <name>-<number of environments>, of each name in "a+b", and
+    of the arm that the families share."""
+    arms = {run["arm"] for run in runs}
+    own = {x for x in arms if re.fullmatch(rf"({names.replace('+', '|')})-\d+", x)}
+    return [run for run in runs if run["arm"] in own | {"recipe-64"}]
+
+
+def end(run: dict, name: str) -> float:
+    """A metric at the last evaluation; of ddr, one batch's, the median over them; or
+    a flag."""
+    if name in run["args"]:
+        return run["args"][name]
+    values = curve(run, name)[1]
+    return float(np.median(values) if name == "ddr" else values[-1])
+
+
+def ranks(runs: list[dict], claim) -> list[float]:
+    """Spearman's rank correlation over the arms of a family, one for each seed that has
+    run all of them."""
+    runs = family(runs, claim.a)
+    arms, found = {run["arm"] for run in runs}, []
+    for seed in sorted({run["seed"] for run in runs}):
+        own = [run for run in runs if run["seed"] == seed]
+        if len(own) == len(arms) > 2:
+            sides = [[end(run, x) for run in own] for x in (claim.b, claim.metric)]
+            found.append(float(stats.spearmanr(*sides).statistic))
+    return found
+
+
 def judge(runs: list[dict], claim) -> dict:
     """What the runs say of a claim."""
+    if claim.at == "ranks":
+        values = ranks(runs, claim)
+        middle, low, high = interval(values) if values else (0.0, 0.0, 0.0)
+        said = verdict(low, high, claim.kind, claim.margin, len(values))
+        found = {"seeds": len(values), "difference": middle, "low": low, "high": high}
+        better = np.mean(np.array(values) > 0) if values else 0.0
+        return found | {"better": float(better), "verdict": said}
     by = {(run["arm"], run["seed"]): run for run in runs}
     other = claim.a if claim.b == "base" else claim.b
     shared = sorted(s for arm, s in by if arm == claim.a and (other, s) in by)
@@ -172,9 +226,9 @@ def made_of(runs: list[dict]) -> str:
 
 
 def number(value: float, sign: str = "") -> str:
-    """Three decimals, or two digits of what is too small for them."""
-    tiny = 0 < abs(value) < 0.01
-    return format(value, f"{sign}.1e" if tiny else f"{sign}.3f")
+    """Three decimals, or two digits of what is too small or too large for them."""
+    normal = value == 0 or 0.01 <= abs(value) < 10_000
+    return format(value, f"{sign}.3f" if normal else f"{sign}.1e")
 
 
 def spread(values, sign: str = "") -> str:
@@ -205,6 +259,13 @@ def arm_table(runs: list[dict], metrics: list[str]) -> str:
     return table([*names, "gain [95 %]"], rows)
 
 
+def compared_arms(claim) -> str:
+    """ "A - B", or what is correlated."""
+    if claim.at == "ranks":
+        return f"rank correlation with {claim.b} over {claim.a}-*"
+    return f"{claim.a} - {claim.b}"
+
+
 def claim_table(runs: list[dict], claims: list, papers: dict) -> str:
     """Each claim with the data it is judged by and its verdict."""
     rows = []
@@ -214,7 +275,7 @@ def claim_table(runs: list[dict], claims: list, papers: dict) -> str:
             gap = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found)
             data = [str(found["seeds"]), gap, f"{found['better']:.2f}"]
         source, _, text = claim.text.partition(": ")
-        compared = f"{claim.metric}: {claim.a} - {claim.b}, {claim.kind}"
+        compared = f"{claim.metric}: {compared_arms(claim)}, {claim.kind}"
         compared += f", margin {claim.margin:g}, at {claim.at}"
         row = [f"{source} ({papers[source]})", text, compared]
         rows.append([*row, *data, f"**{found['verdict']}**"])
@@ -248,6 +309,14 @@ def page(script: str, runs: list[dict], metrics, claims, papers, explanations) -
 
 def curves_of(runs: list[dict], metric: str, x: str) -> list[tuple]:
     """(x, y) of each run; for x = k the metric@k of its last evaluation."""
+    if x in ("num_envs", "ddr"):  # along the arms of a family
+        order = sorted(runs, key=lambda run: run["args"]["num_envs"])
+        seeds = {
+            seed: [r for r in order if r["seed"] == seed]
+            for seed in {r["seed"] for r in order}
+        }
+        pairs = [[(end(r, x), end(r, metric)) for r in own] for own in seeds.values()]
+        return [tuple(np.array(p).T) for p in pairs if len(p) == max(map(len, pairs))]
     if x != "k":
         return [curve(run, metric, x) for run in runs]
     pairs = []
@@ -274,6 +343,7 @@ def draw(script: str, runs: list[dict], path: Path) -> None:
         lines, seeds, metrics = [], set(), metrics.split()
         for arm in arms.split():
             own = [run for run in runs if run["arm"] == arm]
+            own = family(runs, arm) if x in ("num_envs", "ddr") else own
             for metric in metrics:
                 pairs = [c for c in curves_of(own, metric, x) if len(c[0])]
                 if pairs:
@@ -285,10 +355,13 @@ def draw(script: str, runs: list[dict], path: Path) -> None:
         file.unlink(missing_ok=True)
         if lines and (suffix == "" or len(lines) > 1):
             title = f"{' or '.join(map(str, sorted(seeds)))} seeds: IQM, 95 % interval"
-            picture(lines, AXES[x], AXES[metrics[0]], title, file)
+            scale = "log" if x in ("num_envs", "ddr") else "linear"
+            picture(lines, AXES[x], AXES[metrics[0]], title, file, scale)
 
 
-def picture(lines: list, xlabel: str, ylabel: str, title: str, path: Path) -> None:
+def picture(
+    lines: list, xlabel: str, ylabel: str, title: str, path: Path, scale: str = "linear"
+) -> None:
     """Lines (name, x, middle, low, high), each named at its end; the names are moved
     apart where they would meet."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
@@ -298,7 +371,7 @@ def picture(lines: list, xlabel: str, ylabel: str, title: str, path: Path) -> No
         grey = str(0.6 * i / max(1, len(lines) - 1))
         axes.plot(x, middle, styles[i % 6], color=grey, markersize=4)
         axes.fill_between(x, low, high, color=grey, alpha=0.2, linewidth=0)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xscale=scale)
     axes.set_ylim(bottom=0)
     axes.set_title(title, fontsize=10)
     axes.margins(x=0.02)
