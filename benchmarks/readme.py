@@ -95,7 +95,7 @@ def results(script: str, runs: list[dict]) -> str:
     for claim, found in judged:
         if found["seeds"]:
             gap = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found)
-            text = f"{claim.text} ({claim.a} - {claim.b})"
+            text = f"{claim.text} ({report.compared_arms(claim)})"
             rows.append([text, str(found["seeds"]), gap, found["verdict"]])
     table = report.table(["claim", "seeds", "difference [95 %]", "verdict"], rows)
     parts = [intro, arms, table]

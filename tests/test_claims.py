@@ -612,19 +612,59 @@ def test_claim_is_about_an_arm_that_is_not_there(script):
     arms = claims.ARMS[script]
     assert next(iter(arms)) == "default"
     for claim in claims.CLAIMS[script]:
-        assert claim.a in arms and claim.b in {*arms, "base"} - {claim.a}
+        if claim.at == "ranks":
+            assert all(f"{name}-1024" in arms for name in claim.a.split("+"))
+            assert claim.b in ("num_envs", "ddr") and "recipe-64" in arms
+        else:
+            assert claim.a in arms and claim.b in {*arms, "base"} - {claim.a}
         assert claim.text.partition(": ")[0] in claims.PAPERS
         assert claim.margin > 0
         report.verdict(0.0, 1.0, claim.kind, claim.margin, seeds=5)
-        assert re.fullmatch(r"end|every|flops(/2)?", claim.at)
+        assert re.fullmatch(r"end|every|ranks|flops(/2)?", claim.at)
     texts = [claim.text for claim in claims.CLAIMS[script]]
     assert len(set(texts)) == len(texts)
     for x, drawn, metrics in report.PICTURES[script].values():
-        assert {*drawn.split()} <= arms.keys()
+        families = {name.rpartition("-")[0] for name in arms}
+        drawable = families if x in ("num_envs", "ddr") else arms.keys()
+        assert {*drawn.split()} <= drawable
         assert {x, metrics.split()[0]} <= report.AXES.keys()
     if (ROOT / "algos" / f"{script}.py").exists():
         for flags in arms.values():
             tyro.cli(load_script(script).Args, args=flags.split())
+
+
+def test_rank_correlation_is_over_other_runs_than_it_says():
+    """Spearman's rho by its definition, 1 - 6 sum(d^2) / (n (n^2 - 1)), over the arms
+    of a family and the one that all families share; a seed that lacks an arm does not
+    count; of ddr, one batch's, the median over the evaluations is ranked."""
+    envs, runs = [16, 64, 256, 1024], []
+    ends = {1: [1.0, 3.0, 2.0, 4.0], 2: [4.0, 3.0, 2.0, 1.0], 3: [1.0, 2.0, 3.0, 4.0]}
+    ddrs = {1: [5.0, 6.0, 7.0, 8.0], 2: [8.0, 7.0, 5.0, 6.0], 3: [1.0, 2.0, 3.0, 4.0]}
+    for seed, place in itertools.product(ends, range(4)):
+        name = "recipe" if envs[place] == 64 else "size"
+        d = ddrs[seed][place]
+        columns = dict(
+            e__x=[9.0, 9.0, ends[seed][place]], ddr=[d, d, 99 * (-1) ** place]
+        )
+        about = {"args": {"num_envs": envs[place]}}
+        runs.append(record(f"{name}-{envs[place]}", seed, **columns) | about)
+    runs.append(record("recipe-16", 9, e__x=[50.0]) | {"args": {"num_envs": 16}})
+    runs = [r for r in runs if (r["arm"], r["seed"]) != ("size-16", 3)]
+    rho = lambda d: 1 - 6 * sum(x * x for x in d) / (4 * 15)
+    claim = asked("higher", a="size", b="num_envs", at="ranks")
+    expected = [rho([0, 1, -1, 0]), rho([3, 1, -1, -3])]
+    assert report.ranks(runs, claim) == pytest.approx(expected)
+    found = report.judge(runs, claim)
+    assert found["seeds"] == 2 and found["difference"] == pytest.approx(
+        np.mean(expected)
+    )
+    assert found["better"] == 0.5 and found["verdict"] == "inconclusive"
+    claim = asked("higher", a="size", b="ddr", at="ranks")
+    expected = [rho([0, 1, -1, 0]), rho([0, 0, -1, 1])]
+    assert report.ranks(runs, claim) == pytest.approx(expected)
+    assert (
+        report.ranks(runs, asked("higher", a="size+recipe", b="ddr", at="ranks")) == []
+    )
 
 
 # -------------------------------------- README ----------------------------------------
