@@ -303,7 +303,8 @@ SKILL = (
     "The traces are of a model that does nine moves of ten right, and some 90 of them "
     "show each of the 30 moves that there are about 25 times: to imitate them is to "
     "take over that model's whole skill, which traces of hard mathematics do not hold. "
-    "The arms few and sft-rl-few, with ten problems, are there to test this."
+    "Tested with ten problems (arms few and sft-rl-few): SFT, then RL learns next to "
+    "nothing that serves other problems, PrefixRL does."
 )
 EXPLANATIONS = {  # text of a claim: what was tried when it fails
     "DMPO: the quality ratio is above GRPO's": WEAK,

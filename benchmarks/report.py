@@ -43,6 +43,7 @@ PICTURES = {  # suffix: (x, arms, metrics); x = k draws metric@k of the last eva
             "default half-plain prefixed-only unmasked",
             "eval/hard_pass@1",
         ),
+        "-few": ("flops", "few sft-rl-few", "eval/pass@1"),
     },
     "ppo_envs": {
         "": ("num_envs", "recipe size sqrt", "eval/episode_return"),
