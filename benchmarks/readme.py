@@ -199,7 +199,11 @@ def prefix_gradients(found: dict) -> tuple[str, list[str], list[list[str]]]:
     intro += (
         "policy; [95 % bootstrap over batches]. SNR: |E g|^2 over the variance of one "
     )
-    intro += "batch's gradient."
+    intro += "batch's gradient. PrefixRL claims a higher one behind prefixes: "
+    said = [f"{x}: {report.higher_snr(y)}" for x, y in found["policies"].items()]
+    intro += (
+        f"40-80 % against plain, by whether the intervals overlap, {', '.join(said)}."
+    )
     columns = ["policy", "batches", "live groups", "gradient norm", "its std", "SNR"]
     return intro, columns, rows
 

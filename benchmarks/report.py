@@ -207,6 +207,18 @@ def judge(runs: list[dict], claim) -> dict:
     return found | {"verdict": verdict(low, high, claim.kind, claim.margin, n)}
 
 
+def higher_snr(rows: dict, kind: str = "prefix 40-80 %") -> str:
+    """Whether gradients behind prefixes have a higher signal-to-noise ratio than plain
+    ones at one policy of prefix_gradients.json: replicated or not replicated if the two
+    95 % intervals are apart, inconclusive if they overlap."""
+    (low, high), (plain_low, plain_high) = (
+        rows[name]["snr_interval"] for name in (kind, "plain")
+    )
+    if low > plain_high:
+        return "replicated"
+    return "not replicated" if high < plain_low else "inconclusive"
+
+
 # -------------------------------------- Tables ----------------------------------------
 
 
