@@ -380,6 +380,11 @@ def test_unmasked_prefix_is_left_out_or_a_plain_row_gets_one(script, model):
     grads = torch.autograd.grad(loss / lengths.sum(), parameters)
     wanted = torch.cat([g.flatten() for g in grads])
     assert (recorder.seen[0] - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    # a group shares its prefix and its advantages sum to 0: only Z is another
+    masked, share = Recorder(network), rollout.completion_mask.sum() / lengths.sum()
+    script.update(network, None, masked, rollout, advantages, args)
+    gap = recorder.seen[0] - share * masked.seen[0]
+    assert gap.abs().max() < 1e-5 * wanted.abs().max()
 
 
 def test_context_at_generation_differs_from_that_at_training(script, model):
