@@ -166,7 +166,8 @@ class Claim(NamedTuple):
     flops: at the smaller total FLOPs of the two runs, between evaluations on the line
     through them; flops/2: A at half of B's total FLOPs, B at its end; ranks: the rank
     correlation of the metric at the end with B (num_envs, or the median ddr) over the
-    arms of the families A (family-16, ...; all of them have the arm recipe-64)."""
+    arms of the families A (family-16, ...; all of them have the arm recipe-64);
+    ranks/1024: over those of at most 1,024 environments."""
 
     text: str  # paper: what it claims, in our words
     metric: str  # "x-y" is the difference of two metrics
@@ -267,6 +268,8 @@ CLAIMS = {
               "eval/episode_return default base higher 10"),
         claim("1M environments: with the recipe, more of them end higher",
               "eval/episode_return recipe num_envs higher 0.2", "ranks"),
+        claim("1M environments: up to 1,024 of them, more end higher",
+              "eval/episode_return recipe num_envs higher 0.2", "ranks/1024"),
         claim("1M environments: not if the minibatch grows with them",
               "eval/episode_return size num_envs not-higher 0.2", "ranks"),
         claim("1M environments: nor if the rate grows by the square root too",

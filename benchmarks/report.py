@@ -172,7 +172,8 @@ def end(run: dict, name: str) -> float:
 def ranks(runs: list[dict], claim) -> list[float]:
     """Spearman's rank correlation over the arms of a family, one for each seed that has
     run all of them."""
-    runs = family(runs, claim.a)
+    most = float(claim.at.partition("/")[2] or "inf")
+    runs = [x for x in family(runs, claim.a) if x["args"]["num_envs"] <= most]
     arms, found = {run["arm"] for run in runs}, []
     for seed in sorted({run["seed"] for run in runs}):
         own = [run for run in runs if run["seed"] == seed]
@@ -184,7 +185,7 @@ def ranks(runs: list[dict], claim) -> list[float]:
 
 def judge(runs: list[dict], claim) -> dict:
     """What the runs say of a claim."""
-    if claim.at == "ranks":
+    if claim.at.startswith("ranks"):
         values = ranks(runs, claim)
         middle, low, high = interval(values) if values else (0.0, 0.0, 0.0)
         said = verdict(low, high, claim.kind, claim.margin, len(values))
@@ -273,8 +274,8 @@ def arm_table(runs: list[dict], metrics: list[str]) -> str:
 
 
 def compared_arms(claim) -> str:
-    """ "A - B", or what is correlated."""
-    if claim.at == "ranks":
+    """The two arms, or what is correlated."""
+    if claim.at.startswith("ranks"):
         return f"rank correlation with {claim.b} over {claim.a}-*"
     return f"{claim.a} - {claim.b}"
 
@@ -314,6 +315,7 @@ def page(script: str, runs: list[dict], metrics, claims, papers, explanations) -
         word = judge(runs, claim)["verdict"]
         if claim.text in explanations and word in ("not replicated", "inconclusive"):
             parts.append(f"{claim.text}: **{word}**. {explanations[claim.text]}")
+    parts += [f"![{script}{x}]({script}{x}.png)" for x in drawn(script, runs)]
     return "\n\n".join([*parts, NOTE]) + "\n"
 
 
@@ -350,26 +352,37 @@ def on_one_grid(pairs: list[tuple]) -> tuple:
     return at, np.stack([np.interp(at, x, y) for x, y in pairs], 1)
 
 
-def draw(script: str, runs: list[dict], path: Path) -> None:
-    """The pictures of PICTURES beside `path`: IQM and interval over seeds."""
+def drawn(script: str, runs: list[dict]) -> dict[str, list[tuple]]:
+    """The lines (label, curves of the runs) of each picture there is something for."""
+    pictures = {}
     for suffix, (x, arms, metrics) in PICTURES.get(script, {}).items():
-        lines, seeds, metrics = [], set(), metrics.split()
+        lines, metrics = [], metrics.split()
         for arm in arms.split():
             own = [run for run in runs if run["arm"] == arm]
             own = family(runs, arm) if x in ("num_envs", "ddr") else own
             for metric in metrics:
                 pairs = [c for c in curves_of(own, metric, x) if len(c[0])]
-                if pairs:
-                    at, points = on_one_grid(pairs)
-                    label = metric[5:] if len(metrics) > 1 else arm
-                    lines.append((label, at, *zip(*map(interval, points))))
-                    seeds.add(len(pairs))
+                label = metric[5:] if len(metrics) > 1 else arm
+                lines += [(label, pairs)] if pairs else []
+        if lines and (suffix == "" or len(lines) > 1):
+            pictures[suffix] = lines
+    return pictures
+
+
+def draw(script: str, runs: list[dict], path: Path) -> None:
+    """The pictures of PICTURES beside `path`: IQM and interval over seeds."""
+    pictures = drawn(script, runs)
+    for suffix, (x, _, metrics) in PICTURES.get(script, {}).items():
         file = path.with_name(f"{script}{suffix}.png")
         file.unlink(missing_ok=True)
-        if lines and (suffix == "" or len(lines) > 1):
+        if suffix in pictures:
+            lines, seeds = [], {len(pairs) for _, pairs in pictures[suffix]}
+            for label, pairs in pictures[suffix]:
+                at, points = on_one_grid(pairs)
+                lines.append((label, at, *zip(*map(interval, points))))
             title = f"{' or '.join(map(str, sorted(seeds)))} seeds: IQM, 95 % interval"
             scale = "log" if x in ("num_envs", "ddr") else "linear"
-            picture(lines, AXES[x], AXES[metrics[0]], title, file, scale)
+            picture(lines, AXES[x], AXES[metrics.split()[0]], title, file, scale)
 
 
 def picture(
