@@ -6,8 +6,19 @@ Three counts for each number of CartPole-v1 environments: the environments alone
 the policy that acts in them, and everything (updates, logs). Peers, with the same
 network (two hidden layers of 64), 4 epochs, rollout length 32 and minibatches of 512:
 with 64 environments of gymnasium in one process a loop in the manner of CleanRL's
-ppo.py and Stable-Baselines3; with as many environments as ours a PPO in JAX, wholly
-inside one jit, in the manner of PureJaxRL. The first and the last are written here.
+ppo.py, Stable-Baselines3 and PufferLib's trainer; with as many environments as ours a
+PPO in JAX, wholly inside one jit, in the manner of PureJaxRL. The first and the last
+are written here. What else is equal and what is not, each peer's function below says,
+and the JSON file with it. A peer that is not installed is left out with a line.
+PufferLib 3.0.0 asks for numpy below 2 and gymnasium below 0.30, so it is not among the
+requirements; beside newer ones its trainer runs, if it is built without its pins and
+its C environments (its setup.py then wants a name that it does not set):
+
+    pip install setuptools psutil rich rich-argparse pyro-ppl gym==0.23.0
+    mkdir fix && export NO_OCEAN=1 PYTHONPATH=$PWD/fix
+    echo 'import builtins as b; b.c_extension_paths = []' > fix/sitecustomize.py
+    pip install --no-deps --no-build-isolation pufferlib==3.0.0
+
 Ours and peers take turns, after an iteration that is not counted; the figure is the
 median of the rounds. Beside the clock on the wall stands the time of the processor:
 cpu_steps_per_second are steps for each second of it, which other programs on the
@@ -19,17 +30,24 @@ Writes benchmarks/results/env_speed.json and .png.
 from __future__ import annotations
 
 import argparse
+import ast
+import configparser
+import contextlib
 import importlib.metadata
 import importlib.util
+import inspect
+import io
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -43,6 +61,7 @@ COUNTS = {
 }
 LENGTH, EPOCHS, MINIBATCH = 32, 4, 512
 PACKAGES = "torch", "numpy", "gymnasium", "stable-baselines3", "jax", "optax"
+PACKAGES += "pufferlib", "gym"
 
 
 def sweep(num_envs: int, steps: int, length: int, compile: str) -> dict:
@@ -157,6 +176,81 @@ def stable_baselines3(num_envs: int) -> tuple[Callable, int]:
     return lambda: model.learn(count, reset_num_timesteps=False), count
 
 
+@contextlib.contextmanager
+def untouched() -> Iterator[None]:
+    """The process afterwards as it was: PufferLib's import and trainer set the handler
+    of Ctrl-C, the hook of exceptions, warnings, the precision of matrix products, and
+    put a link into the working directory."""
+    handler, hook = signal.getsignal(signal.SIGINT), sys.excepthook
+    precision, folder = torch.get_float32_matmul_precision(), os.getcwd()
+    with tempfile.TemporaryDirectory() as empty, warnings.catch_warnings():
+        os.chdir(empty)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                yield
+        finally:
+            os.chdir(folder)
+            signal.signal(signal.SIGINT, handler)
+            sys.excepthook = hook
+            torch.set_float32_matmul_precision(precision)
+
+
+class PufferPolicy(torch.nn.Module):
+    """The networks of the other peers, as PufferLib's trainer calls them."""
+
+    def __init__(self):
+        super().__init__()
+        self.actor, self.critic = network(2, 0.01), network(1, 1.0)
+
+    def forward(self, obs: torch.Tensor, state=None) -> tuple:
+        return self.actor(obs), self.critic(obs)
+
+    forward_eval = forward
+
+
+def pufferlib_ppo(num_envs: int) -> tuple[Callable, int]:
+    """PufferLib's PuffeRL over gymnasium's CartPole-v1 in its Serial vectorisation, one
+    process. Equal: the networks, Adam, numbers of environments, steps, epochs and
+    minibatches. Not equal: a reset takes one of the steps; a minibatch is 16 rows of 32
+    steps, drawn anew each time, and the advantages of the whole batch are computed
+    before each; the value loss is clipped. Its dashboard and the thread that reads the
+    machine's load are off. Not its C environments."""
+    with untouched():
+        import gymnasium
+        import pufferlib.emulation
+        import pufferlib.vector
+        from pufferlib import pufferl
+
+        def make(buf=None, seed=0):
+            env = gymnasium.make("CartPole-v1")
+            return pufferlib.emulation.GymnasiumPufferEnv(env, buf=buf, seed=seed)
+
+        defaults = configparser.ConfigParser()
+        defaults.read(Path(pufferlib.__file__).parent / "config" / "default.ini")
+        config = dict(defaults["train"])
+        for name, value in config.items():
+            with contextlib.suppress(ValueError, SyntaxError):  # a word
+                config[name] = ast.literal_eval(value)
+        config |= dict(env="CartPole-v1", device="cpu", use_rnn=False, optimizer="adam")
+        config |= dict(bptt_horizon=LENGTH, update_epochs=EPOCHS, prio_alpha=0.0)
+        config |= dict(minibatch_size=MINIBATCH, learning_rate=1e-3, anneal_lr=False)
+        config |= dict(gamma=0.99, gae_lambda=0.95, vf_coef=0.5, max_grad_norm=0.5)
+        config |= dict(ent_coef=0.0, adam_beta1=0.9, adam_eps=1e-5)
+        config |= dict(checkpoint_interval=10**9, total_timesteps=10**12)
+        serial = pufferlib.vector.Serial
+        envs = pufferlib.vector.make(make, backend=serial, num_envs=num_envs)
+        trainer = pufferl.PuffeRL(config, envs, PufferPolicy())
+    trainer.utilization.stop()
+    trainer.print_dashboard = lambda *_, **__: None
+
+    def iteration():
+        trainer.evaluate()
+        trainer.train()
+        return trainer
+
+    return iteration, num_envs * LENGTH
+
+
 def jax_ppo(num_envs: int) -> tuple[Callable, int]:
     """PPO whose environments, rollout and updates are one jitted function."""
     import jax
@@ -263,6 +357,7 @@ def in_turns(num_envs: int, rounds: int) -> dict:
     cases = {"ours": (ours, num_envs), "JAX": (jax_ppo, num_envs)}
     cases |= {"ours, 64": (ours, 64), "gymnasium loop": (gymnasium_loop, 64)}
     cases |= {"Stable-Baselines3": (stable_baselines3, 64)}
+    cases |= {"PufferLib": (pufferlib_ppo, 64)}
     for name, (make, envs) in cases.items():
         try:
             programs[name] = *make(envs), envs
@@ -281,7 +376,9 @@ def in_turns(num_envs: int, rounds: int) -> dict:
     for name, (_, count, envs) in programs.items():
         wall, processor = (count / statistics.median(x) for x in zip(*seconds[name]))
         speeds = {"steps_per_second": wall, "cpu_steps_per_second": processor}
-        result[name] = {"num_envs": envs} | speeds | {"seconds": seconds[name]}
+        what = " ".join(inspect.getdoc(cases[name][0]).split())
+        result[name] = {"num_envs": envs, "what": what} | speeds
+        result[name]["seconds"] = seconds[name]
         print(name, {k: round(v) for k, v in speeds.items()}, flush=True)
     return result
 
