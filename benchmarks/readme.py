@@ -9,7 +9,8 @@ Rewritten is what stands in README.md between <!-- KIND:SCRIPT --> and <!-- end 
     results   the default arm's metrics and the verdicts of the claims
     picture   benchmarks/results/<script>.png
     numbers   the table of another benchmark, from its JSON file: vs_trl,
-              estimator_cost, gradient_variance, prefix_gradients, combination_lock
+              estimator_cost, gradient_variance, prefix_gradients, combination_lock,
+              env_speed
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 
 import claims
@@ -228,21 +230,60 @@ def combination_lock(found: dict) -> tuple[str, list[str], list[list[str]]]:
     return intro, [*columns, "after"], table
 
 
+def env_speed(found: dict) -> tuple[str, list, list, list, list]:
+    """Steps a second of ppo_envs.py by number of environments, and beside its peers."""
+    count = lambda value: f"{value:,.0f}"
+    own = [
+        [f"{int(envs):,}", count(row["rollout_length"])]
+        + [count(row[f"{part}steps_per_second"]) for part in ("env_", "act_", "")]
+        for envs, row in found["ours"].items()
+    ]
+    ours = {
+        x["num_envs"]: x
+        for name, x in found["in turns"].items()
+        if name.startswith("ours")
+    }
+    rows = []
+    for name, peer in found["in turns"].items():
+        if name.startswith("ours"):
+            continue
+        cells, beside = [name, count(peer["num_envs"])], ours[peer["num_envs"]]
+        cells += [count(x["steps_per_second"]) for x in (beside, peer)]
+        pairs = list(zip(beside["seconds"], peer["seconds"]))
+        for clock in range(2):
+            ratios = [its[clock] / own[clock] for own, its in pairs]
+            ends = statistics.median(ratios), min(ratios), max(ratios)
+            cells.append("{:.2f} ({:.2f} to {:.2f})".format(*ends))
+        rows.append(cells)
+    intro = f"CartPole-v1, two hidden layers of 64, {found['epochs']} epochs, "
+    intro += f"minibatches of {found['minibatch']}; threads: {found['threads']}, "
+    intro += f"cores used: {found['cores used']}, load {found['load before']:.1f} "
+    intro += f"before and {found['load after']:.1f} after. The peers' rollouts are of "
+    intro += f"{found['rollout_length']} steps, and ours beside them; each takes turns "
+    intro += "with ours."
+    columns = ["environments", "rollout", "environments alone, steps/s", "and policy"]
+    peers = ["everything, beside", "environments", "ours, steps/s", "peer"]
+    peers += ["ours / peer (over rounds)", "of processor time"]
+    return intro, [*columns, "everything"], own, peers, rows
+
+
 def numbers(name: str, found: dict) -> str:
     """The table of another benchmark, with its command."""
     if not found:
         return f"\n{NOT_YET}\n"
-    intro, columns, rows = {
+    intro, *tables = {
         "vs_trl": vs_trl,
         "estimator_cost": estimator_cost,
         "gradient_variance": gradient_variance,
         "prefix_gradients": prefix_gradients,
         "combination_lock": combination_lock,
+        "env_speed": env_speed,
     }[name](found)
     where = (claims.RESULTS / name).relative_to(claims.ROOT).as_posix()
     intro = f"[`python benchmarks/{name}.py`](benchmarks/{name}.py), {intro} "
     intro += f"{found.get('hardware', 'No GPU')}; [all numbers]({where}.json)."
-    return f"\n{intro}\n\n{report.table(columns, rows)}\n\n"
+    shown = map(report.table, tables[::2], tables[1::2])
+    return "\n".join(["", intro, "", *(f"{table}\n" for table in shown), ""])
 
 
 def rewrite(text: str) -> str:
