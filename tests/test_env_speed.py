@@ -41,7 +41,9 @@ def test_pufferlib_does_other_work_or_changes_the_process(tmp_path, monkeypatch)
     """Its iteration takes as many steps and updates as the other peers'; afterwards
     Ctrl-C, exceptions, the precision of ours and the working directory are as before
     (its import leaves a link there and ends the process at Ctrl-C with code 0)."""
-    if not importlib.util.find_spec("pufferlib"):  # importorskip would leave the link
+    if not importlib.util.find_spec(
+        "pufferlib"
+    ):  # not by an import, which leaves a link
         pytest.skip("see benchmarks/env_speed.py")
     monkeypatch.chdir(tmp_path)
     state = lambda: (
