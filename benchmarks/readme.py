@@ -24,7 +24,9 @@ import sys
 import claims
 import report
 
-COMMANDS = {"ppo_envs": "ppo_envs --seeds 10"}  # others: 5 seeds
+ALSO = {
+    "ppo_envs": " && python benchmarks/claims.py ppo_envs --arms default --seeds 10"
+}
 CELLS = {  # of the metric: its gain or its end; seeds, worst seed, wall time
     "grpo": ("eval/pass@1", "Countdown, held-out pass@1 {gain}, {seeds} seeds"),
     "vopd": (
@@ -74,7 +76,8 @@ def picture(script: str, runs: list[dict]) -> str:
     link = path.relative_to(claims.ROOT).as_posix()
     x, arms, metrics = report.PICTURES[script][""]
     what = ", ".join(report.AXES.get(metric, metric) for metric in metrics.split())
-    arms = [arm for arm in arms.split() if arm in {run["arm"] for run in runs}]
+    own = {run["arm"] for run in runs} | {run["arm"].partition("-")[0] for run in runs}
+    arms = [arm for arm in arms.split() if arm in own]
     text = f"{script}, {', '.join(arms)}: {what}, by {report.AXES[x]}"
     shown = f"![{text}]({link})" if path.exists() else NOT_YET
     return f"\n{shown}\n"  # Markdown takes a line that begins with a comment as HTML
@@ -85,9 +88,7 @@ def results(script: str, runs: list[dict]) -> str:
     if not runs:
         return f"\n{NOT_YET}\n"
     where = (claims.RESULTS / script).relative_to(claims.ROOT).as_posix()
-    command = (
-        f"python benchmarks/claims.py {COMMANDS.get(script, f'{script} --seeds 5')}"
-    )
+    command = f"python benchmarks/claims.py {script} --seeds 5{ALSO.get(script, '')}"
     intro = f"`{command}`: {report.made_of(runs)}. [All arms and claims, definitions]"
     intro += f"({where}.md), [every run]({where}.json)."
     own = [run for run in runs if run["arm"] == "default"]
