@@ -38,16 +38,15 @@ import importlib.util
 import inspect
 import io
 import json
+import multiprocessing
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -60,6 +59,7 @@ COUNTS = {
     "steps_per_second": "everything",
 }
 LENGTH, EPOCHS, MINIBATCH = 32, 4, 512
+START = "spawn"  # of the processes that take turns
 PACKAGES = "torch", "numpy", "gymnasium", "stable-baselines3", "jax", "optax"
 PACKAGES += "pufferlib", "gym"
 
@@ -176,25 +176,6 @@ def stable_baselines3(num_envs: int) -> tuple[Callable, int]:
     return lambda: model.learn(count, reset_num_timesteps=False), count
 
 
-@contextlib.contextmanager
-def untouched() -> Iterator[None]:
-    """The process afterwards as it was: PufferLib's import and trainer set the handler
-    of Ctrl-C, the hook of exceptions, warnings, the precision of matrix products, and
-    put a link into the working directory."""
-    handler, hook = signal.getsignal(signal.SIGINT), sys.excepthook
-    precision, folder = torch.get_float32_matmul_precision(), os.getcwd()
-    with tempfile.TemporaryDirectory() as empty, warnings.catch_warnings():
-        os.chdir(empty)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                yield
-        finally:
-            os.chdir(folder)
-            signal.signal(signal.SIGINT, handler)
-            sys.excepthook = hook
-            torch.set_float32_matmul_precision(precision)
-
-
 class PufferPolicy(torch.nn.Module):
     """The networks of the other peers, as PufferLib's trainer calls them."""
 
@@ -215,31 +196,30 @@ def pufferlib_ppo(num_envs: int) -> tuple[Callable, int]:
     steps, drawn anew each time, and the advantages of the whole batch are computed
     before each; the value loss is clipped. Its dashboard and the thread that reads the
     machine's load are off. Not its C environments."""
-    with untouched():
-        import gymnasium
-        import pufferlib.emulation
-        import pufferlib.vector
-        from pufferlib import pufferl
+    import gymnasium
+    import pufferlib.emulation
+    import pufferlib.vector
+    from pufferlib import pufferl
 
-        def make(buf=None, seed=0):
-            env = gymnasium.make("CartPole-v1")
-            return pufferlib.emulation.GymnasiumPufferEnv(env, buf=buf, seed=seed)
+    def make(buf=None, seed=0):
+        env = gymnasium.make("CartPole-v1")
+        return pufferlib.emulation.GymnasiumPufferEnv(env, buf=buf, seed=seed)
 
-        defaults = configparser.ConfigParser()
-        defaults.read(Path(pufferlib.__file__).parent / "config" / "default.ini")
-        config = dict(defaults["train"])
-        for name, value in config.items():
-            with contextlib.suppress(ValueError, SyntaxError):  # a word
-                config[name] = ast.literal_eval(value)
-        config |= dict(env="CartPole-v1", device="cpu", use_rnn=False, optimizer="adam")
-        config |= dict(bptt_horizon=LENGTH, update_epochs=EPOCHS, prio_alpha=0.0)
-        config |= dict(minibatch_size=MINIBATCH, learning_rate=1e-3, anneal_lr=False)
-        config |= dict(gamma=0.99, gae_lambda=0.95, vf_coef=0.5, max_grad_norm=0.5)
-        config |= dict(ent_coef=0.0, adam_beta1=0.9, adam_eps=1e-5)
-        config |= dict(checkpoint_interval=10**9, total_timesteps=10**12)
-        serial = pufferlib.vector.Serial
-        envs = pufferlib.vector.make(make, backend=serial, num_envs=num_envs)
-        trainer = pufferl.PuffeRL(config, envs, PufferPolicy())
+    defaults = configparser.ConfigParser()
+    defaults.read(Path(pufferlib.__file__).parent / "config" / "default.ini")
+    config = dict(defaults["train"])
+    for name, value in config.items():
+        with contextlib.suppress(ValueError, SyntaxError):  # a word
+            config[name] = ast.literal_eval(value)
+    config |= dict(env="CartPole-v1", device="cpu", use_rnn=False, optimizer="adam")
+    config |= dict(bptt_horizon=LENGTH, update_epochs=EPOCHS, prio_alpha=0.0)
+    config |= dict(minibatch_size=MINIBATCH, learning_rate=1e-3, anneal_lr=False)
+    config |= dict(gamma=0.99, gae_lambda=0.95, vf_coef=0.5, max_grad_norm=0.5)
+    config |= dict(ent_coef=0.0, adam_beta1=0.9, adam_eps=1e-5)
+    config |= dict(checkpoint_interval=10**9, total_timesteps=10**12)
+    serial = pufferlib.vector.Serial
+    envs = pufferlib.vector.make(make, backend=serial, num_envs=num_envs)
+    trainer = pufferl.PuffeRL(config, envs, PufferPolicy())
     trainer.utilization.stop()
     trainer.print_dashboard = lambda *_, **__: None
 
@@ -351,29 +331,52 @@ def jax_ppo(num_envs: int) -> tuple[Callable, int]:
     return iteration, num_envs * LENGTH
 
 
+def serve(make: Callable, num_envs: int, pipe) -> None:
+    """A program in a process and a folder of its own, since some change both for all
+    that comes after them. Sends the transitions in an iteration, or why there is none;
+    then, for each number of iterations asked for, seconds (wall, processor) of one."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                iteration, count = make(num_envs)
+                iteration()  # compiles
+        except ImportError as e:
+            return pipe.send(str(e))
+        pipe.send(count)
+        while repeats := pipe.recv():
+            wall, processor = time.perf_counter(), time.process_time()
+            with contextlib.redirect_stdout(io.StringIO()):
+                for _ in range(repeats):
+                    iteration()
+            spent = time.perf_counter() - wall, time.process_time() - processor
+            pipe.send([x / repeats for x in spent])
+        os.chdir("/")
+
+
 def in_turns(num_envs: int, rounds: int) -> dict:
     """Steps a second of everything, ours and the peers by turns: medians of rounds."""
-    programs, seconds = {}, {}
+    context, programs, seconds = multiprocessing.get_context(START), {}, {}
     cases = {"ours": (ours, num_envs), "JAX": (jax_ppo, num_envs)}
     cases |= {"ours, 64": (ours, 64), "gymnasium loop": (gymnasium_loop, 64)}
     cases |= {"Stable-Baselines3": (stable_baselines3, 64)}
     cases |= {"PufferLib": (pufferlib_ppo, 64)}
     for name, (make, envs) in cases.items():
-        try:
-            programs[name] = *make(envs), envs
-            programs[name][0]()  # compiles
-        except ImportError as e:
-            print(f"{name} is left out: {e}", flush=True)
+        pipe, other = context.Pipe()
+        context.Process(target=serve, args=(make, envs, other), daemon=True).start()
+        other.close()  # so that the end of the process ends the wait for it
+        count = pipe.recv()
+        if isinstance(count, str):
+            print(f"{name} is left out: {count}", flush=True)
+        else:
+            programs[name] = pipe, count, envs
     for _ in range(rounds):
-        for name, (iteration, count, _) in programs.items():
-            wall, processor = time.perf_counter(), time.process_time()
-            repeats = max(1, 2**15 // count)
-            for _ in range(repeats):
-                iteration()
-            spent = time.perf_counter() - wall, time.process_time() - processor
-            seconds.setdefault(name, []).append([x / repeats for x in spent])
+        for name, (pipe, count, _) in programs.items():
+            pipe.send(max(1, 2**16 // count))
+            seconds.setdefault(name, []).append(pipe.recv())
     result = {}
-    for name, (_, count, envs) in programs.items():
+    for name, (pipe, count, envs) in programs.items():
+        pipe.send(0)
         wall, processor = (count / statistics.median(x) for x in zip(*seconds[name]))
         speeds = {"steps_per_second": wall, "cpu_steps_per_second": processor}
         what = " ".join(inspect.getdoc(cases[name][0]).split())
@@ -414,7 +417,7 @@ def main() -> None:
     parser.add_argument(
         "--beside", type=int, default=1024, help="environments with JAX"
     )
-    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
+    parser.add_argument("--compile", default="on", choices=["auto", "on", "off"])
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results"))
     flags = parser.parse_args()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
