@@ -309,6 +309,22 @@ SKILL = (
     "Tested with ten problems (arms few and sft-rl-few): SFT, then RL learns next to "
     "nothing that serves other problems, PrefixRL does."
 )
+SHORT = (
+    "At 3.7 million transitions 16,384 environments have made 7 outer steps and are "
+    "still rising (picture -recipe): the runs are too short for a plateau there, and "
+    "longer ones were not made. Where the curves flatten, up to 1,024, more "
+    "environments end higher: see that claim."
+)
+DDR = (
+    "At equal transitions DDR is highest where the runs are short of outer steps "
+    "(16,384 environments), and high where a policy has nearly stopped to change (16 "
+    "environments in some seeds), so it does not order these ends."
+)
+ANCHOR = (
+    "At 64 environments an average over 64 gradient steps from the start, or over 256 "
+    "from step 1,025 on, does not lift the end. Other numbers of environments were not "
+    "tried, nor another way to make the outer step smaller."
+)
 EXPLANATIONS = {  # text of a claim: what was tried when it fails
     "DMPO: the quality ratio is above GRPO's": WEAK,
     "DMPO: more answers are feasible than with GRPO": SAME,
@@ -323,6 +339,12 @@ EXPLANATIONS = {  # text of a claim: what was tried when it fails
     ),
     "PrefixRL: solves more than SFT, then RL, at equal FLOPs": SKILL,
     "PrefixRL: half the FLOPs of SFT, then RL, solve as many": SKILL,
+    "1M environments: with the recipe, more of them end higher": SHORT,
+    "1M environments: 16,384 end higher than 16 with the recipe": SHORT,
+    "1M environments: DDR orders the ends of all these runs": DDR,
+    "1M environments: DDR orders the ends of the recipe's runs": DDR,
+    "1M environments: a smaller outer step by PPO-EWMA ends higher": ANCHOR,
+    "1M environments: cutting the outer step in mid-run revives learning": ANCHOR,
 }
 
 # -------------------------------------- Runs ------------------------------------------
