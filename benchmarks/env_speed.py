@@ -54,8 +54,8 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNTS = {
-    "env_steps_per_second": "environments",
-    "act_steps_per_second": "and policy",
+    "env_steps_per_second": "environments alone",
+    "act_steps_per_second": "environments and policy",
     "steps_per_second": "everything",
 }
 LENGTH, EPOCHS, MINIBATCH = 32, 4, 512
@@ -389,14 +389,18 @@ def in_turns(num_envs: int, rounds: int) -> dict:
 def draw(result: dict, path: Path) -> None:
     """Steps a second over the number of environments; peers are single points."""
     axes = Figure(figsize=(7, 4.5), layout="constrained").add_subplot()
-    envs, rows = [int(n) for n in result["ours"]], result["ours"].values()
-    for name, label in COUNTS.items():
-        axes.loglog(envs, [row[name] for row in rows], "o-", label=label)
-    for name, row in result["in turns"].items():
-        place = [row["num_envs"]], [row["steps_per_second"]]
-        axes.loglog(*place, "x", label=f"{name}, everything")
+    envs, rows = [int(n) for n in result["ours"]], [*result["ours"].values()]
+    for (name, label), style in zip(COUNTS.items(), ("k^:", "ks--", "ko-")):
+        axes.loglog(envs, [row[name] for row in rows], style, markersize=4)
+        look = dict(textcoords="offset points", ha="right")
+        axes.annotate(label, (envs[-1], rows[-1][name]), (0, 8), **look)
+    peers = {k: x for k, x in result["in turns"].items() if not k.startswith("ours")}
+    for (name, row), marker in zip(peers.items(), "Dx+*v"):
+        place, look = (row["num_envs"], row["steps_per_second"]), dict(markersize=8)
+        axes.loglog(*place, "k" + marker, fillstyle="none", label=name, **look)
     axes.set(xlabel="environments", ylabel="steps/s", title="CartPole-v1, PPO")
-    axes.legend(fontsize="small")
+    axes.set_ylim(bottom=10**4, top=3 * rows[-1]["env_steps_per_second"])
+    axes.legend(title="everything, by others", loc="lower right")
     axes.figure.savefig(path, dpi=120)
 
 
