@@ -1,4 +1,4 @@
-"""benchmarks/env_speed.py and its table: what is measured beside what."""
+"""benchmarks/env_speed.py: what is measured beside what."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import env_speed
-import readme
 
 
 def test_a_missing_peer_ends_the_benchmark(monkeypatch, capsys):
@@ -52,26 +51,3 @@ def test_pufferlib_does_other_work(tmp_path, monkeypatch):
     assert updates == {env_speed.EPOCHS * count // env_speed.MINIBATCH}
     sizes = [x.shape for x in trainer.policy.parameters() if x.ndim == 2]
     assert sizes == [(64, 4), (64, 64), (2, 64), (64, 4), (64, 64), (1, 64)]
-
-
-def test_table_turns_a_ratio_round_or_takes_the_wrong_ours():
-    """Ours is twice as fast as a peer with as many environments, by the clock, and four
-    times by processor time: 2 and 4, from the rounds, not from other rows."""
-    row = lambda n, wall, cpu, speed: {
-        "num_envs": n,
-        "steps_per_second": speed,
-        "seconds": [[wall, cpu], [2 * wall, cpu], [wall, cpu]],
-    }
-    found = dict(epochs=1, minibatch=2, threads=1, rollout_length=3, ours={})
-    found |= {"cores used": 1, "load before": 0.0, "load after": 0.0}
-    names = "env_steps_per_second", "act_steps_per_second", "steps_per_second"
-    found["ours"]["4096"] = dict(zip(names, (3e6, 2e4, 1e3)), rollout_length=8)
-    found["in turns"] = {"ours": row(9, 50.0, 50.0, 7.0)}
-    found["in turns"] |= {"ours, 64": row(64, 1.0, 1.0, 1000.0)}
-    found["in turns"] |= {"Peer": row(64, 2.0, 4.0, 500.0)}
-    found["in turns"]["Peer"]["seconds"][2][0] = 5.0
-    text = readme.numbers("env_speed", found)
-    assert "| 4,096 | 8 | 3,000,000 | 20,000 | 1,000 |\n" in text
-    ratios = "2.00 (2.00 to 5.00) | 4.00 (4.00 to 4.00) |\n"
-    assert f"| Peer | 64 | 1,000 | 500 | {ratios}" in text
-    assert text.count("\n\n| ") == 2 and "ours, 64" not in text
