@@ -311,8 +311,10 @@ def tiny_model(problems: list[Problem], seed: int, steps=450, width=128) -> str:
 def load_model(name: str, args: Args) -> tuple:
     """Model (fp32 weights, no dropout) and tokenizer of a folder, perhaps with LoRA's
     adapter in place of weights, or of a hub name."""
-    with blame(f"cannot load the model {name!r}"):
-        adapter, base = Path(name, "adapter_config.json"), name
+    local = os.path.isdir(name)
+    with blame(f"cannot load the model {name!r}{'' if local else ' (no folder here)'}"):
+        name = base = os.path.abspath(name) if local else name  # adapters refer to it
+        adapter = Path(name, "adapter_config.json")
         if adapter.exists():
             base = json.loads(adapter.read_text())["base_model_name_or_path"]
         config = transformers.AutoConfig.from_pretrained(base)
@@ -322,6 +324,9 @@ def load_model(name: str, args: Args) -> tuple:
         model = transformers.AutoModelForCausalLM.from_pretrained(base, **kwargs)
         if adapter.exists():
             model.load_adapter(name)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):  # an adapter's
+                module.p = 0.0
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no EOS token, so no completion can end")

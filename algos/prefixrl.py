@@ -345,8 +345,10 @@ def built_in(name: str, problems: list[Problem], args: Args) -> str:
 def load_model(name: str, args: Args) -> tuple:
     """Model (fp32 weights, no dropout) and tokenizer of a folder, perhaps with LoRA's
     adapter in place of weights, or of a hub name."""
-    with blame(f"cannot load the model {name!r}"):
-        adapter, base = Path(name, "adapter_config.json"), name
+    local = os.path.isdir(name)
+    with blame(f"cannot load the model {name!r}{'' if local else ' (no folder here)'}"):
+        name = base = os.path.abspath(name) if local else name  # adapters refer to it
+        adapter = Path(name, "adapter_config.json")
         if adapter.exists():
             base = json.loads(adapter.read_text())["base_model_name_or_path"]
         config = transformers.AutoConfig.from_pretrained(base)
@@ -356,6 +358,9 @@ def load_model(name: str, args: Args) -> tuple:
         model = transformers.AutoModelForCausalLM.from_pretrained(base, **kwargs)
         if adapter.exists():
             model.load_adapter(name)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):  # an adapter's
+                module.p = 0.0
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no EOS token, so no completion can end")
@@ -1228,6 +1233,10 @@ def check(args: Args) -> None:
         (args.plain_share > 1, "--plain-share is a share of the batch: at most 1"),
         (args.traces and args.trace_model, "--traces or --trace-model, not both"),
         (args.strict_traces and not args.traces, "--strict-traces needs --traces"),
+        (
+            args.traces and not (args.resume or Path(args.traces).is_file()),
+            f"--traces: there is no file {args.traces!r}",
+        ),
         (
             args.off_policy and args.prefixes_per_problem > 0,
             "--off-policy is plain RL: it needs --prefixes-per-problem 0",

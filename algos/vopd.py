@@ -329,8 +329,10 @@ def tiny_model(problems: list[Problem], seed: int, steps=450, width=128) -> str:
 def load_model(name: str, args: Args) -> tuple:
     """Model (fp32 weights, no dropout) and tokenizer of a folder, perhaps with LoRA's
     adapter in place of weights, or of a hub name."""
-    with blame(f"cannot load the model {name!r}"):
-        adapter, base = Path(name, "adapter_config.json"), name
+    local = os.path.isdir(name)
+    with blame(f"cannot load the model {name!r}{'' if local else ' (no folder here)'}"):
+        name = base = os.path.abspath(name) if local else name  # adapters refer to it
+        adapter = Path(name, "adapter_config.json")
         if adapter.exists():
             base = json.loads(adapter.read_text())["base_model_name_or_path"]
         config = transformers.AutoConfig.from_pretrained(base)
@@ -340,6 +342,9 @@ def load_model(name: str, args: Args) -> tuple:
         model = transformers.AutoModelForCausalLM.from_pretrained(base, **kwargs)
         if adapter.exists():
             model.load_adapter(name)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):  # an adapter's
+                module.p = 0.0
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no EOS token, so no completion can end")
@@ -364,6 +369,40 @@ def load_teacher(problems: list[Problem], args: Args) -> tuple:
     teacher, tokenizer = load_model(name, dataclasses.replace(args, device="cpu"))
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     return teacher.to(args.device, dtype).requires_grad_(False), tokenizer
+
+
+class SharedTeacher:
+    """A teacher that has the weights of a student with adapters (--lora-rank): in place
+    of a second model those weights, under the teacher's own adapter or under none."""
+
+    def __init__(self, student, adapter: str):  # its folder; "" for none
+        self.student, self.adapter = student, adapter
+        if adapter:
+            student.load_adapter(adapter, "teacher")
+            for module in student.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+            student.set_adapter("default")
+
+    def __getattr__(self, name: str):
+        return getattr(self.student, name)
+
+    def __call__(self, *args, **kwargs):
+        return self.switched(self.student, *args, **kwargs)
+
+    def base_model(self, *args, **kwargs):
+        return self.switched(self.student.base_model, *args, **kwargs)
+
+    def switched(self, part, *args, **kwargs):
+        """part(...) as the teacher; then the student's adapter is on again."""
+        if self.adapter:
+            self.student.set_adapter("teacher")
+        else:
+            self.student.disable_adapters()
+        output = part(*args, **kwargs)
+        self.student.enable_adapters()
+        self.student.set_adapter("default")
+        return output
 
 
 def same_vocabulary(model, tokenizer, teacher, teacher_tokenizer) -> None:
@@ -959,6 +998,9 @@ def train(args: Args) -> int:
     last, step, kl = Path(args.run_dir, "checkpoint"), 0, math.nan
     model, tokenizer = load_model(str(last) if args.resume else name, args)
     add_lora(model, args)
+    if args.lora_rank and teacher.name_or_path == model.name_or_path:
+        own = args.teacher if teacher._hf_peft_config_loaded else ""
+        teacher = SharedTeacher(model, own)
     same_vocabulary(model, tokenizer, teacher, teacher_tokenizer)
     longest = (x.config.max_position_embeddings for x in (model, teacher))
     longest = min(longest) - args.max_new_tokens

@@ -75,10 +75,11 @@ EQUAL = "--steps 100000 --max-flops 5e11 --eval-every 100"  # of prefixrl
 PLAIN = f"{EQUAL} --prefixes-per-problem 0"
 
 
-def breakout(num_envs: int, more: str = "") -> str:
-    """Flags of ppo_envs for 7 x 2^19 transitions, an evaluation after each seventh."""
+def breakout(num_envs: int, more: str = "", times: int = 1) -> str:
+    """Flags of ppo_envs for 7 x 2^19 transitions, or so many times as many, with an
+    evaluation every 2^19."""
     every = 2**19 // (32 * num_envs)
-    counts = f"--num-envs {num_envs} --rollout-length 32 --steps {7 * every}"
+    counts = f"--num-envs {num_envs} --rollout-length 32 --steps {7 * times * every}"
     counts += f" --eval-every {every} --save-every {every} --base-envs 64"
     return f"--env breakout --compile on {counts} {more}".strip()
 
@@ -134,6 +135,7 @@ ARMS: dict[str, dict[str, str]] = {  # name: flags; the first arm fills the cach
             for n in ENVS
             if n != 64
         },
+        **{f"long-{n}": breakout(n, times=4) for n in (64, 1024, 4096, 16384)},
         **{f"ewma-{com}": breakout(64, f"--ewma-com {com}") for com in (16, 64, 256)},
         "cut": breakout(64, "--ewma-com 256 --ewma-from 1025"),  # after four sevenths
     },
@@ -276,6 +278,12 @@ CLAIMS = {
               "eval/episode_return sqrt num_envs not-higher 0.2", "ranks"),
         claim("1M environments: 16,384 end higher than 16 with the recipe",
               "eval/episode_return recipe-16384 recipe-16 higher 1"),
+        claim("1M environments: four times as long, 1,024 end higher than 64",
+              "eval/episode_return long-1024 long-64 higher 1"),
+        claim("1M environments: four times as long, 4,096 end higher than 1,024",
+              "eval/episode_return long-4096 long-1024 higher 1"),
+        claim("1M environments: four times as long, 16,384 end higher than 64",
+              "eval/episode_return long-16384 long-64 higher 1"),
         claim("1M environments: at 1,024 the recipe is above a larger minibatch",
               "eval/episode_return recipe-1024 size-1024 higher 1"),
         claim("1M environments: at 1,024 it is above the square root, too",

@@ -53,6 +53,11 @@ PICTURES = {  # suffix: (x, arms, metrics); x = k draws metric@k of the last eva
             "recipe-16 recipe-64 recipe-256 recipe-1024 recipe-4096 recipe-16384",
             "eval/episode_return",
         ),
+        "-long": (
+            "transitions",
+            "long-64 long-1024 long-4096 long-16384",
+            "eval/episode_return",
+        ),
         "-ewma": (
             "transitions",
             "recipe-64 ewma-16 ewma-64 ewma-256 cut",

@@ -247,7 +247,7 @@ def test_reward_that_breaks_later_is_swallowed(cli, tmp_path):
 
 def test_missing_model_shows_a_traceback(refused, tmp_path):
     """A folder that is not there, and one without a model."""
-    refused("--model", "./no/such/model", words=("./no/such/model",))
+    refused("--model", "./no/such/model", words=("./no/such/model", "no folder"))
     (tmp_path / "empty").mkdir()
     refused("--model", "./empty", words=("./empty",))
 

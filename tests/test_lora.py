@@ -267,3 +267,81 @@ def test_adapter_goes_on_with_another_rank(name, cli):
     assert cli(name, **flags).code == 0
     after = adapters(cli.model)
     assert all((after[k] - before[k]).abs().max() < 1e-6 for k in before)
+
+
+def save_adapter(folder: str, base: str, seed: int, dropout: float = 0.0) -> None:
+    """An adapter of rank 2 and of random weights for the model in the folder `base`."""
+    script = load_script("grpo")
+    model, tokenizer = script.load_model(base, cpu_args(script))
+    shape = dict(r=2, lora_alpha=4, target_modules="all-linear", lora_dropout=dropout)
+    model.add_adapter(peft.LoraConfig(**shape))
+    torch.manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_dropout_of_an_adapter_is_on(name, folder, tmp_path):
+    """Adapters made elsewhere mostly have dropout: left on, what is scored is not what
+    was sampled from, and rho is not 1 at the first update."""
+    script = load_script(name)
+    save_adapter(str(tmp_path / "adapter"), str(folder / "model"), 3, dropout=0.5)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["lora_dropout"] == 0.5
+    args = cpu_args(script, lora_rank=2)
+    model, _ = script.load_model(str(tmp_path / "adapter"), args)
+    script.add_lora(model, args)
+    wanted = scored(script, model.eval(), args)
+    assert torch.equal(scored(script, model.train(), args), wanted)
+
+
+def test_adapter_loads_in_one_folder_alone(cli, tmp_path, monkeypatch):
+    """A base given by a relative path is not found from another working directory: the
+    saved adapter has its whole path."""
+    assert cli("grpo").code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    script = load_script("grpo")
+    args = cpu_args(script, lora_rank=2)
+    loaded, _ = script.load_model("../run/checkpoint", args)
+    wanted = scored(script, cli.model.eval(), args)
+    assert torch.equal(scored(script, loaded, args), wanted)
+
+
+@pytest.mark.parametrize("teacher", ["adapter", "base"])
+def test_shared_teacher_is_the_student(teacher, cli, tmp_path):
+    """A teacher on the student's own weights is that teacher loaded apart, to the bit:
+    with the student's adapter on in its passes the KL would be 0, with the teacher's
+    left on the student would be the teacher, or the teacher be trained."""
+    shutil.copytree("model", "copy")  # the same weights, not the same folder
+    save_adapter("student", "model", seed=1)
+    pair = ["model", "copy"]
+    if teacher == "adapter":
+        pair = ["teacher-model", "teacher-copy"]
+        for name, base in zip(pair, ("model", "copy")):
+            save_adapter(name, base, seed=2, dropout=0.5)
+    script, made = load_script("vopd"), []
+    whole = script.SharedTeacher.__init__
+    for name in pair:
+        before = len(made)
+        script.SharedTeacher.__init__ = lambda *a: (made.append(1), whole(*a))[1]
+        try:
+            flags = dict(model="student", teacher=name, run_dir=f"of-{name}")
+            result = cli("vopd", **flags)
+        finally:
+            script.SharedTeacher.__init__ = whole
+        assert result.code == 0, result
+        assert len(made) - before == (name == pair[0])
+    folders = [tmp_path / f"of-{name}" for name in pair]
+    files = [x / "checkpoint/adapter_model.safetensors" for x in folders]
+    assert equal(*map(load_file, files))
+    logs = [
+        [{k: v for k, v in x.items() if not k.startswith(MEASURED)} for x in lines]
+        for lines in map(metrics_of, folders)
+    ]
+    assert logs[0] == logs[1]
+    assert logs[0][0]["eval/reverse_kl"] > 0.1 and logs[0][-1]["grad_norm"] > 0
+    assert logs[0][0]["eval/teacher_reverse_kl"] == pytest.approx(0, abs=1e-6)

@@ -1090,6 +1090,7 @@ def test_ranks_search_or_count_alone(tmp_path, small_folder):
         (dict(sft_epochs=-1), "--sft-epochs"),
         (dict(max_flops="nan"), "--max-flops"),
         (dict(traces="missing.jsonl"), "missing.jsonl"),
+        (dict(traces="missing.jsonl", model="nowhere"), "missing.jsonl"),  # first
     ],
     ids=lambda x: str(x),
 )
