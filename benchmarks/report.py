@@ -385,7 +385,8 @@ def draw(script: str, runs: list[dict], path: Path) -> None:
             for label, pairs in pictures[suffix]:
                 at, points = on_one_grid(pairs)
                 lines.append((label, at, *zip(*map(interval, points))))
-            title = f"{' or '.join(map(str, sorted(seeds)))} seeds: IQM, 95 % interval"
+            count = " or ".join(map(str, sorted(seeds)))
+            title = f"{count} seed{'s' * (count != '1')}: IQM, 95 % interval"
             scale = "log" if x in ("num_envs", "ddr") else "linear"
             picture(lines, AXES[x], AXES[metrics.split()[0]], title, file, scale)
 
