@@ -94,16 +94,20 @@ def results(script: str, runs: list[dict]) -> str:
     own = [run for run in runs if run["arm"] == "default"]
     arms = report.arm_table(own, claims.METRICS[script].split())
     judged = [(c, report.judge(runs, c)) for c in claims.CLAIMS[script]]
-    rows = []
+    rows, missing = [], []
     for claim, found in judged:
-        if found["seeds"]:
+        if not found["seeds"]:
+            missing.append(claim.text)
+        else:
             gap = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**found)
-            text = f"{claim.text} ({report.compared_arms(claim)})"
+            compared = f"{claim.metric.replace('eval/', '')}: "
+            compared += report.compared_arms(claim)
+            text = f"{claim.text} ({compared})"
             rows.append([text, str(found["seeds"]), gap, found["verdict"]])
     table = report.table(["claim", "seeds", "difference [95 %]", "verdict"], rows)
     parts = [intro, arms, table]
-    if missing := len(judged) - len(rows):
-        parts.append(f"Claims {NOT_YET}: {missing}.")
+    if missing:
+        parts.append(f"Claims {NOT_YET}: {'; '.join(missing)}.")
     return "\n\n".join(["", *parts, ""]).removeprefix("\n")
 
 
@@ -151,7 +155,13 @@ def estimator_cost(found: dict) -> tuple[str, list[str], list[list[str]]]:
         f"{found['hidden']:,}, OMP_NUM_THREADS {found['threads']}: time (its range "
     )
     intro += (
-        "over turns) and peak memory, each as a ratio to `sampled` in the same run."
+        "over turns), memory at the peak, each as a ratio to `sampled` in the same run."
+    )
+    most = max(sizes, key=int)
+    times = sizes[most]["sampled"]["all_seconds"]
+    intro += f" At V = {int(most):,} `sampled` itself took {min(times):.0f} to "
+    intro += (
+        f"{max(times):.0f} s: the ranges there say more of the machine's other work."
     )
     return intro, ["estimator", *(f"V = {int(v):,}" for v in sizes)], rows
 
@@ -182,7 +192,9 @@ def gradient_variance(found: dict) -> tuple[str, list[str], list[list[str]]]:
         rows.append(row)
     flags = found["flags"]
     intro = f"{flags['batches']} batches of {flags['batch_size']} completions at each "
-    intro += "student, the same for all estimators; [95 % bootstrap over batches]."
+    intro += "student, the same for all estimators; [95 % bootstrap over batches]. "
+    intro += f"k = {flags['top_k']} of 98 tokens. The squared bias is an unbiased "
+    intro += "estimate, which may be below 0."
     return intro, columns, rows
 
 
@@ -202,10 +214,13 @@ def prefix_gradients(found: dict) -> tuple[str, list[str], list[list[str]]]:
     intro += (
         "policy; [95 % bootstrap over batches]. SNR: |E g|^2 over the variance of one "
     )
-    intro += "batch's gradient. PrefixRL claims a higher one behind prefixes: "
+    intro += (
+        "batch's gradient. PrefixRL claims a higher one behind prefixes. Found, at "
+    )
+    intro += "one seed's policies, which is too few for a verdict, "
     said = [f"{x}: {report.higher_snr(y)}" for x, y in found["policies"].items()]
     intro += (
-        f"40-80 % against plain, by whether the intervals overlap, {', '.join(said)}."
+        f"40-80 % against plain: {', '.join(said)} (at step 0 no plain group is live)."
     )
     columns = ["policy", "batches", "live groups", "gradient norm", "its std", "SNR"]
     return intro, columns, rows
@@ -256,15 +271,25 @@ def env_speed(found: dict) -> tuple[str, list, list, list, list]:
             ends = statistics.median(ratios), min(ratios), max(ratios)
             cells.append("{:.2f} ({:.2f} to {:.2f})".format(*ends))
         rows.append(cells)
-    intro = f"CartPole-v1, two hidden layers of 64, {found['epochs']} epochs, "
+    intro = f"CartPole-v1, --compile {found['flags']['compile']} (without the flag it "
+    intro += "is on from 16,384 gradient steps up), two hidden layers of 64, "
+    intro += f"{found['epochs']} epochs, "
     intro += f"minibatches of {found['minibatch']}; threads: {found['threads']}, "
     intro += f"cores used: {found['cores used']}, load {found['load before']:.1f} "
     intro += f"before and {found['load after']:.1f} after. The peers' rollouts are of "
     intro += f"{found['rollout_length']} steps, and ours beside them; each takes turns "
-    intro += "with ours."
-    columns = ["environments", "rollout", "environments alone, steps/s", "and policy"]
+    intro += "with ours. JAX is a jitted PPO in the manner of PureJaxRL and the "
+    intro += "gymnasium loop one in the manner of CleanRL, both written for this "
+    intro += "comparison; PufferLib's trainer steps gymnasium's CartPole here, not its "
+    intro += "own environments in C."
+    columns = [
+        "environments",
+        "rollout, steps",
+        "environments alone, steps/s",
+        "and policy",
+    ]
     peers = ["everything, beside", "environments", "ours, steps/s", "peer"]
-    peers += ["ours / peer (over rounds)", "of processor time"]
+    peers += ["ours / peer (over rounds)", "the same of processor time"]
     return intro, [*columns, "everything"], own, peers, rows
 
 

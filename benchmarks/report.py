@@ -82,13 +82,33 @@ AXES = {  # what an axis shows, with its unit
     "transitions": "transitions",
     "samples/wrong_length": "length of wrong answers (characters)",
 }
+MEANING = {  # of the metrics in the tables; eval/: of held-out problems
+    "pass@1": "share of the problems that one try solves",
+    "pass@8": "share of the problems that at least one of 8 tries solves",
+    "reverse_kl": "nats per token, from the student to the teacher",
+    "sr": "share of the answers that are feasible",
+    "qr": "mean quality of an answer as a share of the best there is, 0 if infeasible",
+    "qr@k": "the same of the best of k answers",
+    "entropy": "nats per token",
+    "distinct_feasible": "different feasible answers among 16 to a problem",
+    "distinct_optimal": "different optimal answers among 16 to a problem",
+    "grpo_coefficient": "mean |d loss / d log-prob of a completion| of GRPO's term",
+    "dm_coefficient": "the same of lambda times the distribution matching term",
+    "hard_pass@k": "pass@k of the hard problems trained on, without a prefix",
+    "episode_return": "mean over the evaluation episodes, most likely actions",
+    "ddr": "transitions of a batch per nat of KL(behaviour || updated)",
+    "kl": "that KL in nats, of the last batch",
+    "proximal_age": "mean age of the proximal policy in gradient steps",
+}
 NOTE = """Interval: 95 % percentile bootstrap of the interquartile mean (IQM) over
 seeds, 10,000 resamples. The strata of a stratified bootstrap are tasks: with one task
 there is one stratum, and it is the plain bootstrap. On normal data it holds the true
 value in 90 % of cases with 5 seeds and in 95 % with 10 (simulated). A - B: IQM of the
 differences seed by seed. P(A better): the probability that a run of A is better than a
-run of B (Mann-Whitney U / n^2). The verdicts are computed by the rules at the top of
-benchmarks/claims.py; "not measured": no seed has run both arms."""
+run of B (Mann-Whitney U / n^2). For a rank correlation A - B is the IQM of Spearman's
+rho over seeds, P the share of seeds where it is above 0. The verdicts are computed by
+the rules at the top of benchmarks/claims.py; "not measured": no seed has run both
+arms."""
 
 # ------------------------------------ Statistics --------------------------------------
 
@@ -215,14 +235,14 @@ def judge(runs: list[dict], claim) -> dict:
 
 def higher_snr(rows: dict, kind: str = "prefix 40-80 %") -> str:
     """Whether gradients behind prefixes have a higher signal-to-noise ratio than plain
-    ones at one policy of prefix_gradients.json: replicated or not replicated if the two
-    95 % intervals are apart, inconclusive if they overlap."""
+    ones at one policy of prefix_gradients.json: higher or lower if the two 95 %
+    intervals are apart."""
     (low, high), (plain_low, plain_high) = (
         rows[name]["snr_interval"] for name in (kind, "plain")
     )
     if low > plain_high:
-        return "replicated"
-    return "not replicated" if high < plain_low else "inconclusive"
+        return "higher"
+    return "lower" if high < plain_low else "intervals overlap"
 
 
 # -------------------------------------- Tables ----------------------------------------
@@ -235,12 +255,16 @@ def made_of(runs: list[dict]) -> str:
     parts = [unique("hardware"), *(x for x in versions if not x.endswith(" "))]
     walls = [run["wall_seconds"] for run in runs if run["wall_seconds"]]
     if walls:
-        parts.append(f"wall time of a run {min(walls):.0f} to {max(walls):.0f} s")
+        span = f"{min(walls):.0f} to {max(walls):.0f} s"
+        parts.append(f"wall time of a run {span}, {sum(walls) / 3600:.1f} h in all")
         threads = sorted({run["threads"] for run in runs if run.get("threads")})
         if threads:
             parts[-1] += f" (OMP_NUM_THREADS: {', '.join(map(str, threads))})"
-        warm = sum(run["cache_warm"] is True for run in runs)
-        parts[-1] += f", {warm} of {len(runs)} from a warm cache"
+        made, again = (
+            [run["cache_warm"] for run in runs].count(x) for x in (False, None)
+        )
+        parts[-1] += f", {made} of {len(runs)} made a base model first" * bool(made)
+        parts[-1] += f", {again} resumed, not timed" * bool(again)
     return "; ".join(parts)
 
 
@@ -278,6 +302,14 @@ def arm_table(runs: list[dict], metrics: list[str]) -> str:
     return table([*names, "gain [95 %]"], rows)
 
 
+def meanings(metrics: list[str]) -> str:
+    """What the metrics are, each once; k in name@k stands for a number."""
+    names = [name.removeprefix("eval/") for name in metrics]
+    names = [x if x in MEANING else re.sub(r"@\d+", "@k", x) for x in names]
+    known = [name for name in dict.fromkeys(names) if name in MEANING]
+    return "; ".join(f"{name}: {MEANING[name]}" for name in known)
+
+
 def compared_arms(claim) -> str:
     """The two arms, or what is correlated."""
     if claim.at.startswith("ranks"):
@@ -308,14 +340,15 @@ def page(script: str, runs: list[dict], metrics, claims, papers, explanations) -
     for arm in dict.fromkeys(run["arm"] for run in runs):
         own = [run for run in runs if run["arm"] == arm]
         walls = [run["wall_seconds"] for run in own if run["wall_seconds"]]
-        wall = f"{np.median(walls):.0f}" if walls else "interrupted"
+        wall = f"{np.median(walls):.0f}" if walls else "resumed"
         made = [run["cache_warm"] for run in own].count(False)
         codes = ", ".join(dict.fromkeys(run["code"] for run in own))
         flags = f"`{' '.join(own[0]['flags'])}`" if own[0]["flags"] else "none"
         rows.append([arm, flags, str(len(own)), wall, str(made), codes])
     names = ["arm", "flags", "seeds", "median wall time, s", "runs that filled a cache"]
     parts = [f"# {script}", made_of(runs), table([*names, "code"], rows)]
-    parts += [arm_table(runs, metrics), claim_table(runs, claims, papers)]
+    parts += [arm_table(runs, metrics), meanings(metrics)]
+    parts.append(claim_table(runs, claims, papers))
     for claim in claims:
         word = judge(runs, claim)["verdict"]
         if claim.text in explanations and word in ("not replicated", "inconclusive"):

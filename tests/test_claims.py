@@ -621,6 +621,8 @@ def test_claim_is_about_an_arm_that_is_not_there(script):
         assert claim.margin > 0
         report.verdict(0.0, 1.0, claim.kind, claim.margin, seeds=5)
         assert re.fullmatch(r"end|every|ranks(/\d+)?|flops(/2)?", claim.at)
+    metrics = [x.removeprefix("eval/") for x in claims.METRICS[script].split()]
+    assert all({x, re.sub(r"@\d+", "@k", x)} & report.MEANING.keys() for x in metrics)
     texts = [claim.text for claim in claims.CLAIMS[script]]
     assert len(set(texts)) == len(texts)
     for x, drawn, metrics in report.PICTURES[script].values():
@@ -673,8 +675,9 @@ def test_signal_to_noise_is_judged_from_the_wrong_rows():
     """Intervals apart decide, in either direction; any overlap leaves it open; batches
     of another kind have no say."""
     rows = {"plain": (0.1, 0.2), "prefix 80-95 %": (8.0, 9.0)}
-    cases = {(0.21, 0.4): R, (0.01, 0.09): N, (0.15, 0.4): U, (0.0, 0.9): U}
-    cases |= {(0.2, 0.3): U, (0.0, 0.1): U}
+    above, below, open_ = "higher", "lower", "intervals overlap"
+    cases = {(0.21, 0.4): above, (0.01, 0.09): below, (0.15, 0.4): open_}
+    cases |= {(0.0, 0.9): open_, (0.2, 0.3): open_, (0.0, 0.1): open_}
     for limits, expected in cases.items():
         of = {**rows, "prefix 40-80 %": limits}
         found = {name: {"snr_interval": list(x)} for name, x in of.items()}
@@ -813,7 +816,14 @@ def test_table_turns_a_ratio_round_or_takes_the_wrong_ours():
         "steps_per_second": speed,
         "seconds": [[wall, cpu], [2 * wall, cpu], [wall, cpu]],
     }
-    found = dict(epochs=1, minibatch=2, threads=1, rollout_length=3, ours={})
+    found = dict(
+        flags={"compile": "on"},
+        epochs=1,
+        minibatch=2,
+        threads=1,
+        rollout_length=3,
+        ours={},
+    )
     found |= {"cores used": 1, "load before": 0.0, "load after": 0.0}
     names = "env_steps_per_second", "act_steps_per_second", "steps_per_second"
     found["ours"]["4096"] = dict(zip(names, (3e6, 2e4, 1e3)), rollout_length=8)
