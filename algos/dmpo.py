@@ -16,6 +16,8 @@ several keep their share. For completions o_1..o_G of a prompt, rewards r_1..r_G
 
 p is a constant, from the raw rewards; phi is of the current theta, unclipped, and has
 the gradient. L_GRPO is algos/grpo.py's -J, with its flags; --dm-coef 0 is that script.
+A token's weight w and the denominator Z there: --normalization token 1 and completion
+tokens, sequence 1/|y_i| and completions, constant 1 and completions x max length.
 --dm-only drops it. Who steers is logged at each step as the mean over completions of
 |d loss / d phi_i|, in the same units: grpo_coefficient for L_GRPO (a change of phi_i
 moves all log-probs of o_i alike) and dm_coefficient for lambda L_DM.
@@ -441,7 +443,8 @@ def tiny_model(problems: list[Problem], seed: int, steps=450, width=128) -> str:
     parts = warm_start, token_logprobs, last_hidden, pad
     defined = [[inspect.getsource(part) for part in parts], solved, seed, steps, width]
     defined += [torch.__version__, transformers.__version__]
-    name = f"tiny-{hashlib.sha256(json.dumps(defined).encode()).hexdigest()[:16]}"
+    defined = json.dumps(defined, default=repr)
+    name = f"tiny-{hashlib.sha256(defined.encode()).hexdigest()[:16]}"
     path, new = Path("runs/cache", name), Path("runs/cache", f"{name}.{os.getpid()}")
     if not path.exists() and RANK == 0:
         for part in warm_start(solved, seed, steps, width):
@@ -470,25 +473,33 @@ def load_model(name: str, args: Args) -> tuple:
         model = transformers.AutoModelForCausalLM.from_pretrained(base, **kwargs)
         if adapter.exists():
             model.load_adapter(name)
+            ends = model.get_input_embeddings(), model.get_output_embeddings()
+            more = any("lora_" in x for end in ends for x, _ in end.named_parameters())
+            if more or model.peft_config["default"].modules_to_save:
+                raise ValueError("its adapter is more than LoRA of layers: merge it")
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):  # an adapter's
                 module.p = 0.0
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no EOS token, so no completion can end")
-        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        changes = "final_logit_softcapping", "logit_scale", "logits_scaling"
+        for key in (*changes, "lm_head_multiplier"):
             if getattr(config, key, None) not in (None, 1.0):
                 raise ValueError(f"its logits are changed after the head by {key}")
+        if not hasattr(config, "max_position_embeddings") or model._is_stateful:
+            raise ValueError("it is no text model with a cache of keys and values")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(args.device), tokenizer
+    return model.to("cpu" if args.lora_rank else args.device), tokenizer
 
 
 def add_lora(model, args: Args) -> None:
-    """With --lora-rank: freeze the weights (in bf16 if --dtype is) and train, beside
-    every linear layer but the head, a product of that rank times two (LoRA, arXiv
-    2106.09685). The model of a saved adapter goes on with that one."""
+    """With --lora-rank: freeze the weights (in bf16 if --dtype is), train, beside every
+    linear layer but the head, a product of that rank times two (LoRA, arXiv
+    2106.09685), and only now take the model to the device. The model of a saved adapter
+    goes on with that one."""
     saved = model.peft_config["default"].r if model._hf_peft_config_loaded else 0
     if saved not in (0, args.lora_rank):
         fail(f"{args.model} is an adapter of another rank: --lora-rank {saved}")
@@ -505,6 +516,7 @@ def add_lora(model, args: Args) -> None:
         weight.requires_grad = "lora_" in name
         if not weight.requires_grad and args.dtype == "bfloat16":
             weight.data = weight.data.bfloat16()
+    model.to(args.device)
 
 
 @contextlib.contextmanager
@@ -575,10 +587,19 @@ def uniforms(args: Args, step: int, prompts: int, samples: int) -> torch.Tensor:
     return torch.from_numpy(noise).flatten(0, 1)
 
 
-def completion_mask(completions: torch.Tensor, eos_token_id: int) -> tuple:
+def stop_ids(model, tokenizer) -> list[int]:
+    """Ids that end a completion: the tokenizer's EOS and those of generation_config,
+    where chat models have the end of a turn."""
+    more = model.generation_config.eos_token_id
+    more = more if isinstance(more, list) else [more]
+    return sorted({tokenizer.eos_token_id, *more} - {None})
+
+
+def completion_mask(completions: torch.Tensor, eos_token_id) -> tuple:
     """Mask (B, C) float32 up to the first EOS inclusive; truncated (B,) bool: no EOS.
-    Places decide, not the padding's value: pad == eos is fine."""
-    is_eos = completions == eos_token_id
+    eos_token_id: an int, or several as a tensor. Places decide, not the padding's
+    value: pad == eos is fine."""
+    is_eos = torch.isin(completions, eos_token_id)
     return (is_eos.cumsum(-1) - is_eos.long() == 0).float(), ~is_eos.any(-1)
 
 
@@ -589,10 +610,11 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
     prompts (N, P), left-padded, are read once and shared by their B / N completions.
     noise (B, C) in [0, 1) is all the randomness there is: the inverse CDF turns it into
     tokens, so a completion does not depend on its neighbours. No warper of the
-    checkpoint's generation_config takes part. Finished rows are dropped.
+    checkpoint's generation_config takes part. eos_token_id: as in completion_mask; what
+    stands behind the first one means nothing. Finished rows are dropped.
     """
     exact = torch.float32 if prompts.device.type == "mps" else torch.float64
-    completions = torch.full(noise.shape, eos_token_id, device=prompts.device)
+    completions = torch.zeros(noise.shape, dtype=torch.int64, device=prompts.device)
     logprobs = torch.zeros(noise.shape, device=prompts.device)
     inputs, positions = prompts, (attention_mask.cumsum(-1) - 1).clamp(min=0)
     rows = torch.arange(len(noise), device=prompts.device)  # still being decoded
@@ -614,7 +636,7 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
         token = torch.searchsorted(cdf, point, right=True).clamp(max=cdf.shape[-1] - 1)
         completions[rows, t] = token[:, 0]
         logprobs[rows, t] = log_softmax.gather(-1, token)[:, 0]
-        running = (completions[rows, : t + 1] != eos_token_id).all(-1)
+        running = ~torch.isin(completions[rows, : t + 1], eos_token_id).any(-1)
         if not running.any():
             break
         if running.float().mean() < 0.8:  # enough are finished for the copy to pay
@@ -630,12 +652,14 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
 def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> Rollout:
     """Completions of the prompts, len(noise) / len(prompts) of each; no rewards yet."""
     model.eval()
-    eos, group_size = tokenizer.eos_token_id, len(noise) // len(prompts)
+    eos = torch.tensor(stop_ids(model, tokenizer), device=args.device)
+    group_size, most = len(noise) // len(prompts), args.rollout_batch_size
     ids = pad(prompts, tokenizer.pad_token_id, "left").to(args.device)
     seen = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(args.device)
     noise = noise.float() if args.device == "mps" else noise  # it has no float64
-    noise, n = noise.to(args.device), max(1, args.rollout_batch_size // group_size)
-    batches = zip(ids.split(n), seen.split(n), noise.split(n * group_size))
+    noise, n = noise.to(args.device), max(1, most // group_size)
+    chunks = zip(ids.split(n), seen.split(n), noise.split(n * group_size))
+    batches = [(*chunk, part) for *chunk, rows in chunks for part in rows.split(most)]
     with autocast(args):
         parts = [decode(model, *batch, args.temperature, eos) for batch in batches]
     completions, logprobs = (torch.cat(part) for part in zip(*parts))
@@ -894,8 +918,9 @@ def evaluate(model, tokenizer, prompts, problems, reward, args) -> dict[str, flo
     completions each, always the same noise: share feasible (sr), quality (qr; qr@k: of
     the best of k), distinct feasible and distinct optimal (quality 1) answers among n,
     reward; and the entropy of a token, estimated by -log-prob of the samples.
-    reward.verify(problem, completion) -> (feasible, quality, answer) judges; without
-    it feasible is a reward of 1 or more, quality the reward, the answer the text."""
+    reward.verify(problem, completion) -> (feasible, quality, answer), the answer a
+    number, text or tuple, judges; without it feasible is a reward of 1 or more, quality
+    the reward, the answer the text."""
     n, mine = args.eval_samples, slice(RANK, None, WORLD_SIZE)
     noise = uniforms(args, 0, len(problems), n)
     rollout = generate(model, tokenizer, prompts[mine], noise, args)
@@ -905,6 +930,10 @@ def evaluate(model, tokenizer, prompts, problems, reward, args) -> dict[str, flo
     if hasattr(reward, "verify"):
         with blame("reward.verify failed"):
             judged = [reward.verify(*pair) for pair in zip(posed, rollout.texts)]
+            for _, quality, answer in judged:
+                hash(answer)  # different ones are counted
+                if not math.isfinite(quality):
+                    raise ValueError(f"{quality} is not a finite number")
     ks, rows = [2**j for j in range(n.bit_length())], []
     for i in range(0, len(judged), n):
         group = judged[i : i + n]
@@ -1169,7 +1198,8 @@ def train(args: Args) -> int:
             save_checkpoint(run_dir, step, model, tokenizer, optimizer)
             draw_curve(run_dir)
         if stop:
-            print(f"stopped after step {step}; to go on: --resume {run_dir}")
+            if RANK == 0:
+                print(f"stopped after step {step}; to go on: --resume {run_dir}")
             return 130
     if RANK == 0:
         logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]

@@ -101,7 +101,7 @@ class Args:
     clip_high: float = 0.28  # e_high: ratios are clipped at 1 + e_high
     advantage_scale: Literal["std", "none"] = "std"  # divide by the group's std, or not
     normalization: Literal["token", "sequence", "constant"] = "token"  # w and Z above
-    kl_coef: float = 0.0  # beta: weight of the KL to the initial model
+    kl_coef: float = 0.0  # beta: weight of the KL to the initial model (LoRA: its base)
     mask_truncated: bool = False  # leave cut-off completions out of the loss
     eval_every: int = 50  # steps between evaluations
     eval_prompts: int = 256  # held-out problems in an evaluation
@@ -295,7 +295,8 @@ def tiny_model(problems: list[Problem], seed: int, steps=450, width=128) -> str:
     parts = warm_start, token_logprobs, last_hidden, pad
     defined = [[inspect.getsource(part) for part in parts], solved, seed, steps, width]
     defined += [torch.__version__, transformers.__version__]
-    name = f"tiny-{hashlib.sha256(json.dumps(defined).encode()).hexdigest()[:16]}"
+    defined = json.dumps(defined, default=repr)
+    name = f"tiny-{hashlib.sha256(defined.encode()).hexdigest()[:16]}"
     path, new = Path("runs/cache", name), Path("runs/cache", f"{name}.{os.getpid()}")
     if not path.exists() and RANK == 0:
         for part in warm_start(solved, seed, steps, width):
@@ -324,25 +325,33 @@ def load_model(name: str, args: Args) -> tuple:
         model = transformers.AutoModelForCausalLM.from_pretrained(base, **kwargs)
         if adapter.exists():
             model.load_adapter(name)
+            ends = model.get_input_embeddings(), model.get_output_embeddings()
+            more = any("lora_" in x for end in ends for x, _ in end.named_parameters())
+            if more or model.peft_config["default"].modules_to_save:
+                raise ValueError("its adapter is more than LoRA of layers: merge it")
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):  # an adapter's
                 module.p = 0.0
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no EOS token, so no completion can end")
-        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        changes = "final_logit_softcapping", "logit_scale", "logits_scaling"
+        for key in (*changes, "lm_head_multiplier"):
             if getattr(config, key, None) not in (None, 1.0):
                 raise ValueError(f"its logits are changed after the head by {key}")
+        if not hasattr(config, "max_position_embeddings") or model._is_stateful:
+            raise ValueError("it is no text model with a cache of keys and values")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(args.device), tokenizer
+    return model.to("cpu" if args.lora_rank else args.device), tokenizer
 
 
 def add_lora(model, args: Args) -> None:
-    """With --lora-rank: freeze the weights (in bf16 if --dtype is) and train, beside
-    every linear layer but the head, a product of that rank times two (LoRA, arXiv
-    2106.09685). The model of a saved adapter goes on with that one."""
+    """With --lora-rank: freeze the weights (in bf16 if --dtype is), train, beside every
+    linear layer but the head, a product of that rank times two (LoRA, arXiv
+    2106.09685), and only now take the model to the device. The model of a saved adapter
+    goes on with that one."""
     saved = model.peft_config["default"].r if model._hf_peft_config_loaded else 0
     if saved not in (0, args.lora_rank):
         fail(f"{args.model} is an adapter of another rank: --lora-rank {saved}")
@@ -359,6 +368,7 @@ def add_lora(model, args: Args) -> None:
         weight.requires_grad = "lora_" in name
         if not weight.requires_grad and args.dtype == "bfloat16":
             weight.data = weight.data.bfloat16()
+    model.to(args.device)
 
 
 @contextlib.contextmanager
@@ -429,10 +439,19 @@ def uniforms(args: Args, step: int, prompts: int, samples: int) -> torch.Tensor:
     return torch.from_numpy(noise).flatten(0, 1)
 
 
-def completion_mask(completions: torch.Tensor, eos_token_id: int) -> tuple:
+def stop_ids(model, tokenizer) -> list[int]:
+    """Ids that end a completion: the tokenizer's EOS and those of generation_config,
+    where chat models have the end of a turn."""
+    more = model.generation_config.eos_token_id
+    more = more if isinstance(more, list) else [more]
+    return sorted({tokenizer.eos_token_id, *more} - {None})
+
+
+def completion_mask(completions: torch.Tensor, eos_token_id) -> tuple:
     """Mask (B, C) float32 up to the first EOS inclusive; truncated (B,) bool: no EOS.
-    Places decide, not the padding's value: pad == eos is fine."""
-    is_eos = completions == eos_token_id
+    eos_token_id: an int, or several as a tensor. Places decide, not the padding's
+    value: pad == eos is fine."""
+    is_eos = torch.isin(completions, eos_token_id)
     return (is_eos.cumsum(-1) - is_eos.long() == 0).float(), ~is_eos.any(-1)
 
 
@@ -443,10 +462,11 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
     prompts (N, P), left-padded, are read once and shared by their B / N completions.
     noise (B, C) in [0, 1) is all the randomness there is: the inverse CDF turns it into
     tokens, so a completion does not depend on its neighbours. No warper of the
-    checkpoint's generation_config takes part. Finished rows are dropped.
+    checkpoint's generation_config takes part. eos_token_id: as in completion_mask; what
+    stands behind the first one means nothing. Finished rows are dropped.
     """
     exact = torch.float32 if prompts.device.type == "mps" else torch.float64
-    completions = torch.full(noise.shape, eos_token_id, device=prompts.device)
+    completions = torch.zeros(noise.shape, dtype=torch.int64, device=prompts.device)
     logprobs = torch.zeros(noise.shape, device=prompts.device)
     inputs, positions = prompts, (attention_mask.cumsum(-1) - 1).clamp(min=0)
     rows = torch.arange(len(noise), device=prompts.device)  # still being decoded
@@ -468,7 +488,7 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
         token = torch.searchsorted(cdf, point, right=True).clamp(max=cdf.shape[-1] - 1)
         completions[rows, t] = token[:, 0]
         logprobs[rows, t] = log_softmax.gather(-1, token)[:, 0]
-        running = (completions[rows, : t + 1] != eos_token_id).all(-1)
+        running = ~torch.isin(completions[rows, : t + 1], eos_token_id).any(-1)
         if not running.any():
             break
         if running.float().mean() < 0.8:  # enough are finished for the copy to pay
@@ -484,12 +504,14 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
 def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> Rollout:
     """Completions of the prompts, len(noise) / len(prompts) of each; no rewards yet."""
     model.eval()
-    eos, group_size = tokenizer.eos_token_id, len(noise) // len(prompts)
+    eos = torch.tensor(stop_ids(model, tokenizer), device=args.device)
+    group_size, most = len(noise) // len(prompts), args.rollout_batch_size
     ids = pad(prompts, tokenizer.pad_token_id, "left").to(args.device)
     seen = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(args.device)
     noise = noise.float() if args.device == "mps" else noise  # it has no float64
-    noise, n = noise.to(args.device), max(1, args.rollout_batch_size // group_size)
-    batches = zip(ids.split(n), seen.split(n), noise.split(n * group_size))
+    noise, n = noise.to(args.device), max(1, most // group_size)
+    chunks = zip(ids.split(n), seen.split(n), noise.split(n * group_size))
+    batches = [(*chunk, part) for *chunk, rows in chunks for part in rows.split(most)]
     with autocast(args):
         parts = [decode(model, *batch, args.temperature, eos) for batch in batches]
     completions, logprobs = (torch.cat(part) for part in zip(*parts))
@@ -616,7 +638,8 @@ def kl_loss(logprobs, old_logprobs, ref_logprobs, mask, denominator) -> torch.Te
 
 def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, float]:
     """args.updates_per_batch optimiser steps on one batch; statistics of the last one.
-    Rows without advantage are skipped (unless the KL needs them) but counted in Z."""
+    Rows without advantage are skipped (unless the KL needs them) but counted in Z, and
+    are not in the entropy, which is 0 if all are."""
     model.train()  # gradient checkpointing asks for it; there is no dropout
     mask, width = rollout.completion_mask, rollout.completion_mask.shape[1]
     if args.mask_truncated:
@@ -933,7 +956,8 @@ def train(args: Args) -> int:
             save_checkpoint(run_dir, step, model, tokenizer, optimizer)
             draw_curve(run_dir)
         if stop:
-            print(f"stopped after step {step}; to go on: --resume {run_dir}")
+            if RANK == 0:
+                print(f"stopped after step {step}; to go on: --resume {run_dir}")
             return 130
     if RANK == 0:
         logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]

@@ -40,8 +40,9 @@ A learning rate of 1e-6 and 128 prompts a step are the paper's, as far as it is 
 
     python algos/prefixrl.py
     python algos/prefixrl.py --model Qwen/Qwen3-0.6B --data train.jsonl \\
-        --candidates 2000 --hard-k 512 \\
-        --trace-cap 2500 --prompts-per-step 128 --max-new-tokens 4096
+        --candidates 2000 --hard-k 512 --trace-cap 2500 --prompts-per-step 128 \\
+        --max-new-tokens 4096 --rollout-batch-size 64 --micro-batch-size 1 \\
+        --gradient-checkpointing
 
 The first, with nothing to download, learns chains of nine moves, all of one skill, from
 a model that does a move right one time in four and a whole chain never. Its traces are
@@ -315,7 +316,8 @@ def tiny_model(problems: list[Problem], seed: int, steps=450, width=128) -> str:
     parts = warm_start, token_logprobs, last_hidden, pad
     defined = [[inspect.getsource(part) for part in parts], solved, seed, steps, width]
     defined += [torch.__version__, transformers.__version__]
-    name = f"tiny-{hashlib.sha256(json.dumps(defined).encode()).hexdigest()[:16]}"
+    defined = json.dumps(defined, default=repr)
+    name = f"tiny-{hashlib.sha256(defined.encode()).hexdigest()[:16]}"
     path, new = Path("runs/cache", name), Path("runs/cache", f"{name}.{os.getpid()}")
     if not path.exists() and RANK == 0:
         for part in warm_start(solved, seed, steps, width):
@@ -358,25 +360,33 @@ def load_model(name: str, args: Args) -> tuple:
         model = transformers.AutoModelForCausalLM.from_pretrained(base, **kwargs)
         if adapter.exists():
             model.load_adapter(name)
+            ends = model.get_input_embeddings(), model.get_output_embeddings()
+            more = any("lora_" in x for end in ends for x, _ in end.named_parameters())
+            if more or model.peft_config["default"].modules_to_save:
+                raise ValueError("its adapter is more than LoRA of layers: merge it")
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):  # an adapter's
                 module.p = 0.0
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no EOS token, so no completion can end")
-        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        changes = "final_logit_softcapping", "logit_scale", "logits_scaling"
+        for key in (*changes, "lm_head_multiplier"):
             if getattr(config, key, None) not in (None, 1.0):
                 raise ValueError(f"its logits are changed after the head by {key}")
+        if not hasattr(config, "max_position_embeddings") or model._is_stateful:
+            raise ValueError("it is no text model with a cache of keys and values")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(args.device), tokenizer
+    return model.to("cpu" if args.lora_rank else args.device), tokenizer
 
 
 def add_lora(model, args: Args) -> None:
-    """With --lora-rank: freeze the weights (in bf16 if --dtype is) and train, beside
-    every linear layer but the head, a product of that rank times two (LoRA, arXiv
-    2106.09685). The model of a saved adapter goes on with that one."""
+    """With --lora-rank: freeze the weights (in bf16 if --dtype is), train, beside every
+    linear layer but the head, a product of that rank times two (LoRA, arXiv
+    2106.09685), and only now take the model to the device. The model of a saved adapter
+    goes on with that one."""
     saved = model.peft_config["default"].r if model._hf_peft_config_loaded else 0
     if saved not in (0, args.lora_rank):
         fail(f"{args.model} is an adapter of another rank: --lora-rank {saved}")
@@ -393,6 +403,7 @@ def add_lora(model, args: Args) -> None:
         weight.requires_grad = "lora_" in name
         if not weight.requires_grad and args.dtype == "bfloat16":
             weight.data = weight.data.bfloat16()
+    model.to(args.device)
 
 
 @contextlib.contextmanager
@@ -463,10 +474,19 @@ def uniforms(args: Args, step: int, prompts: int, samples: int) -> torch.Tensor:
     return torch.from_numpy(noise).flatten(0, 1)
 
 
-def completion_mask(completions: torch.Tensor, eos_token_id: int) -> tuple:
+def stop_ids(model, tokenizer) -> list[int]:
+    """Ids that end a completion: the tokenizer's EOS and those of generation_config,
+    where chat models have the end of a turn."""
+    more = model.generation_config.eos_token_id
+    more = more if isinstance(more, list) else [more]
+    return sorted({tokenizer.eos_token_id, *more} - {None})
+
+
+def completion_mask(completions: torch.Tensor, eos_token_id) -> tuple:
     """Mask (B, C) float32 up to the first EOS inclusive; truncated (B,) bool: no EOS.
-    Places decide, not the padding's value: pad == eos is fine."""
-    is_eos = completions == eos_token_id
+    eos_token_id: an int, or several as a tensor. Places decide, not the padding's
+    value: pad == eos is fine."""
+    is_eos = torch.isin(completions, eos_token_id)
     return (is_eos.cumsum(-1) - is_eos.long() == 0).float(), ~is_eos.any(-1)
 
 
@@ -477,10 +497,11 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
     prompts (N, P), left-padded, are read once and shared by their B / N completions.
     noise (B, C) in [0, 1) is all the randomness there is: the inverse CDF turns it into
     tokens, so a completion does not depend on its neighbours. No warper of the
-    checkpoint's generation_config takes part. Finished rows are dropped.
+    checkpoint's generation_config takes part. eos_token_id: as in completion_mask; what
+    stands behind the first one means nothing. Finished rows are dropped.
     """
     exact = torch.float32 if prompts.device.type == "mps" else torch.float64
-    completions = torch.full(noise.shape, eos_token_id, device=prompts.device)
+    completions = torch.zeros(noise.shape, dtype=torch.int64, device=prompts.device)
     logprobs = torch.zeros(noise.shape, device=prompts.device)
     inputs, positions = prompts, (attention_mask.cumsum(-1) - 1).clamp(min=0)
     rows = torch.arange(len(noise), device=prompts.device)  # still being decoded
@@ -502,7 +523,7 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
         token = torch.searchsorted(cdf, point, right=True).clamp(max=cdf.shape[-1] - 1)
         completions[rows, t] = token[:, 0]
         logprobs[rows, t] = log_softmax.gather(-1, token)[:, 0]
-        running = (completions[rows, : t + 1] != eos_token_id).all(-1)
+        running = ~torch.isin(completions[rows, : t + 1], eos_token_id).any(-1)
         if not running.any():
             break
         if running.float().mean() < 0.8:  # enough are finished for the copy to pay
@@ -518,12 +539,14 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
 def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> Rollout:
     """Completions of the prompts, len(noise) / len(prompts) of each; no rewards yet."""
     model.eval()
-    eos, group_size = tokenizer.eos_token_id, len(noise) // len(prompts)
+    eos = torch.tensor(stop_ids(model, tokenizer), device=args.device)
+    group_size, most = len(noise) // len(prompts), args.rollout_batch_size
     ids = pad(prompts, tokenizer.pad_token_id, "left").to(args.device)
     seen = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(args.device)
     noise = noise.float() if args.device == "mps" else noise  # it has no float64
-    noise, n = noise.to(args.device), max(1, args.rollout_batch_size // group_size)
-    batches = zip(ids.split(n), seen.split(n), noise.split(n * group_size))
+    noise, n = noise.to(args.device), max(1, most // group_size)
+    chunks = zip(ids.split(n), seen.split(n), noise.split(n * group_size))
+    batches = [(*chunk, part) for *chunk, rows in chunks for part in rows.split(most)]
     with autocast(args):
         parts = [decode(model, *batch, args.temperature, eos) for batch in batches]
     completions, logprobs = (torch.cat(part) for part in zip(*parts))
@@ -631,19 +654,20 @@ def cached(path: Path, make: Callable, args: Args) -> object:
 
 
 def search_folder(models: tuple, tokenizer, posed: tuple, args: Args) -> Path:
-    """Folder for what phase 1 finds, named by a hash of all that decides it. posed:
-    (prompts, problems, reward)."""
+    """Folder for what phase 1 finds, named by a hash of what decides it; of a plug-in
+    its own file, not what that imports. posed: (prompts, problems, reward)."""
     prompts, problems, reward = posed
     digest, plugin = hashlib.sha256(), args.task.endswith(".py") and not args.data
     for name, weights in [x for model in models for x in model.state_dict().items()]:
         raw = weights.flatten().cpu().view(torch.uint8)  # NumPy has no bf16
         digest.update(name.encode() + raw.numpy().tobytes())
-    parts = [decode, generate, pad, completion_mask, uniforms, attempts, score]
+    parts = [decode, generate, pad, completion_mask, stop_ids, uniforms, attempts]
+    parts.append(score)
     parts += [] if plugin else [reward]
     names = "seed hard_k temperature max_new_tokens rollout_batch_size dtype device"
     defined = [[inspect.getsource(part) for part in parts], problems, prompts]
     defined += [
-        tokenizer.eos_token_id,
+        [stop_ids(model, tokenizer) for model in models],
         Path(args.task).read_text() if plugin else args.task,
     ]
     defined += [[getattr(args, name) for name in names.split()]]
@@ -780,7 +804,8 @@ def read_traces(
 def cut_prefix(trace: list[int], low: float, high: float, rng) -> list[int]:
     """The first h ids of a trace of n (section 3), h uniform over the whole numbers
     with low n <= h <= high n; if there is none, the next above low n. At least one id
-    is left to be answered: h < n, a single id has the prefix []. rng: random.Random.
+    is left to be answered: n stands for n - 1, a single id has the prefix []. rng:
+    random.Random.
     ValueError: not 0 <= low <= high <= 1."""
     if not 0 <= low <= high <= 1:
         raise ValueError(f"0 <= {low} <= {high} <= 1 does not hold")
@@ -995,7 +1020,8 @@ def kl_loss(logprobs, old_logprobs, ref_logprobs, mask, denominator) -> torch.Te
 
 def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, float]:
     """args.updates_per_batch optimiser steps on one batch; statistics of the last one.
-    Rows without advantage are skipped (unless the KL needs them) but counted in Z."""
+    Rows without advantage are skipped (unless the KL needs them) but counted in Z, and
+    are not in the entropy, which is 0 if all are."""
     model.train()  # gradient checkpointing asks for it; there is no dropout
     mask, width = rollout.completion_mask, rollout.completion_mask.shape[1]
     if args.mask_truncated:
@@ -1234,6 +1260,10 @@ def check(args: Args) -> None:
         (args.traces and args.trace_model, "--traces or --trace-model, not both"),
         (args.strict_traces and not args.traces, "--strict-traces needs --traces"),
         (
+            args.trace_model and not needs_traces(args),
+            "--trace-model has no effect: plain RL needs no traces",
+        ),
+        (
             args.traces and not (args.resume or Path(args.traces).is_file()),
             f"--traces: there is no file {args.traces!r}",
         ),
@@ -1404,9 +1434,15 @@ def train(args: Args) -> int:
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     elif other != "base":
-        sampler, vocabulary = load_model(other, args)
+        whole = dataclasses.replace(args, lora_rank=0)
+        sampler, vocabulary = load_model(other, whole)
         if vocabulary.get_vocab() != tokenizer.get_vocab():
             fail(f"--trace-model {other} has another vocabulary: give --traces instead")
+        stops = stop_ids(model, tokenizer), stop_ids(sampler, vocabulary)
+        if stops[0] != stops[1]:
+            ids = "{} for the model, {} there".format(*stops)
+            how = f"ends its answers by other tokens ({ids})"
+            fail(f"--trace-model {other} {how}: give --traces instead")
     if args.traces and not begun:
         given = read_traces(args.traces, tokenizer, *posed, longest, args)
     if RANK == 0:
@@ -1418,6 +1454,7 @@ def train(args: Args) -> int:
             save_checkpoint(run_dir, 0, model, tokenizer, optimizer)
         with resumable(args):
             found, metrics = find_traces(model, sampler, tokenizer, posed, given, args)
+        sampler = None  # its memory is free again
         if RANK == 0:
             lines = "".join(f"{json.dumps(record)}\n" for record in found)
             (run_dir / "traces.jsonl").write_text(lines)
@@ -1427,6 +1464,8 @@ def train(args: Args) -> int:
     hard = tuple([x[r["problem"]] for r in found] for x in (prompts, problems))
     traces = {i: Trace(r["ids"], r["logprob"]) for i, r in enumerate(found) if r["ids"]}
     prefixed = cut_prefixes(traces, tokenizer.eos_token_id, args)  # phase 2
+    if args.prefixes_per_problem and not prefixed:
+        fail("all prefixes are empty: give a higher --prefix-low and --prefix-high")
     plain = [(i, []) for i in range(len(found))]
     everything = hard, traces, tests, reward, args
     if not begun:
@@ -1471,7 +1510,8 @@ def train(args: Args) -> int:
         if end:
             break
         if stop:
-            print(f"stopped after step {step}; to go on: --resume {run_dir}")
+            if RANK == 0:
+                print(f"stopped after step {step}; to go on: --resume {run_dir}")
             return 130
     if RANK == 0:
         report(run_dir, args)

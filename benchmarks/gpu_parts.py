@@ -211,6 +211,7 @@ def one_step(sizes: Sizes, report: Callable, name: str, shape: str) -> None:
     model, tokenizer = load(lambda: script.load_model("", args), shape, sizes)
     if name == "vopd":
         other, _ = load(lambda: script.load_teacher([], args), shape, sizes)
+        other.to(sizes.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
     short = dataclasses.replace(args, prompts_per_step=2, max_new_tokens=4)
     for now in short, args:

@@ -885,3 +885,23 @@ def test_same_answer_in_another_order_counts_as_another(dmpo, monkeypatch):
     assert got["eval/sr"] == 1 / 16  # without verify: a reward of 1 or more
     assert got["eval/distinct_feasible"] == got["eval/distinct_optimal"] == 1 / 2
     assert got["eval/qr"] == got["eval/reward"]
+
+
+@pytest.mark.parametrize(
+    "judged", [(True, 1.0), (True, 1.0, [2]), (True, math.nan, "2"), (True, "1", "2")]
+)
+def test_verdict_of_a_plug_in_is_a_traceback(dmpo, monkeypatch, capsys, judged):
+    """A verify that returns two things, an answer that cannot be counted or a quality
+    that is no number ends in one line."""
+    rollout = SimpleNamespace(texts=["a", "b"], logprobs=torch.zeros(2, 1))
+    rollout.completion_mask = torch.ones(2, 1)
+    monkeypatch.setattr(dmpo, "generate", lambda *_: rollout)
+
+    def reward(problem, text):
+        return 1.0
+
+    reward.verify = lambda problem, text: judged
+    with pytest.raises(SystemExit) as stop:
+        args = cpu_args(dmpo, eval_samples=2)
+        dmpo.evaluate(None, None, [[]], [dmpo.Problem("", 0)], reward, args)
+    assert stop.value.code == 2 and "reward.verify" in capsys.readouterr().err

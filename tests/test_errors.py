@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import (
     PLUGIN,
     char_tokenizer,
@@ -388,3 +389,27 @@ def test_full_disk_at_resume_destroys_the_run(cli, tmp_path, monkeypatch):
         check(cli("--resume", "run", "--steps", "2"), "No space left")
     assert cli("--resume", "run", "--steps", "2").code == 0
     assert [m["step"] for m in metrics_of(tmp_path / "run")] == [0, 1, 2]
+
+
+def test_model_that_cannot_be_decoded_is_a_traceback(refused, tmp_path):
+    """A model with a recurrent state has more than keys and values to be cached: found
+    when it is loaded, not at the first rollout with the run folder made."""
+    tokenizer = char_tokenizer()
+    config = dict(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1)
+    config |= dict(state_size=4, eos_token_id=1, max_position_embeddings=128)
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**config))
+    save_model(tmp_path / "mamba", model, tokenizer)
+    refused("--model", "./mamba", words=("./mamba", "keys and values"))
+
+
+def test_answer_of_a_plug_in_is_no_json(grpo, monkeypatch):
+    """The cache of the tiny model is named by a hash of the problems; an answer may be
+    any object."""
+
+    def warm_start(problems, seed, steps, width):
+        sys.exit(7)
+
+    monkeypatch.setattr(grpo, "warm_start", warm_start)
+    with pytest.raises(SystemExit) as stop:
+        grpo.tiny_model([grpo.Problem("1", {1, 2}, "1")], 1)
+    assert stop.value.code == 7

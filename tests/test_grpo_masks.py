@@ -322,3 +322,49 @@ def test_gradient_depends_on_the_number_of_ranks(grpo, tmp_path):
                 del alone[name], shared[name]
         assert shared == pytest.approx(alone, rel=1e-3, abs=1e-5)
     assert alone["grad_norm"] > 0
+
+
+def test_turn_that_ends_with_another_token_runs_on(grpo):
+    """The tokenizer's EOS of some chat models is not what ends their turn: that stands
+    in generation_config. Taken for an ordinary token, each answer runs into invented
+    turns, and these are rewarded and trained on. Both ids end a completion, inclusive.
+    https://github.com/huggingface/transformers/issues/38182"""
+    tokenizer = char_tokenizer()
+    model = small_qwen3(len(tokenizer))
+    args = cpu_args(grpo, max_new_tokens=32)
+    noise = torch.rand(64, 32, generator=torch.Generator().manual_seed(0)).double()
+    prompt = [tokenizer("3 4=")["input_ids"]]
+    turn = 40
+    plain = grpo.generate(model, tokenizer, prompt, noise, args)
+    model.generation_config.eos_token_id = [1, turn]
+    assert grpo.stop_ids(model, tokenizer) == [1, turn]
+    rollout = grpo.generate(model, tokenizer, prompt, noise, args)
+    ends = {1: 0, turn: 0, None: 0}
+    for i in range(64):
+        old = plain.tokens[i, 4:][plain.completion_mask[i] > 0].tolist()
+        new = rollout.tokens[i, 4:][rollout.completion_mask[i] > 0].tolist()
+        wanted = old[: old.index(turn) + 1] if turn in old else old
+        assert new == wanted
+        ends[new[-1] if new[-1] in ends else None] += 1
+        assert bool(rollout.truncated[i]) == (new[-1] not in (1, turn))
+        assert (rollout.tokens[i, 4 + len(new) :] == tokenizer.pad_token_id).all()
+    assert ends[1] and ends[turn]
+
+
+def test_group_is_larger_than_the_rollout_batch(grpo, monkeypatch):
+    """--rollout-batch-size bounds the keys and values in memory, also where one prompt
+    has more completions than that; which are side by side changes none of them."""
+    tokenizer, seen = char_tokenizer(), []
+    model, whole = small_qwen3(len(tokenizer)), grpo.decode
+    prompts = [tokenizer(x)["input_ids"] for x in ("3 4=", "5=", "6 7 8=")]
+    noise = torch.rand(21, 8, generator=torch.Generator().manual_seed(1)).double()
+    spy = lambda *batch: (seen.append((len(batch[1]), len(batch[3]))), whole(*batch))[1]
+    monkeypatch.setattr(grpo, "decode", spy)
+    rollouts = []
+    for size in (512, 3, 14):
+        args = cpu_args(grpo, max_new_tokens=8, rollout_batch_size=size)
+        rollouts.append(grpo.generate(model, tokenizer, prompts, noise, args))
+    assert seen == [(3, 21), *[(1, 3), (1, 3), (1, 1)] * 3, (2, 14), (1, 7)]
+    for other in rollouts[1:]:
+        assert torch.equal(other.tokens, rollouts[0].tokens)
+        assert torch.allclose(other.logprobs, rollouts[0].logprobs, atol=1e-5)

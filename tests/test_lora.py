@@ -345,3 +345,22 @@ def test_shared_teacher_is_the_student(teacher, cli, tmp_path):
     assert logs[0] == logs[1]
     assert logs[0][0]["eval/reverse_kl"] > 0.1 and logs[0][-1]["grad_norm"] > 0
     assert logs[0][0]["eval/teacher_reverse_kl"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("more", ["head", "embedding"])
+def test_adapter_of_embeddings_or_head_is_half_switched(more, folder, tmp_path, cli):
+    """Copies of whole modules stay off once the adapters were off for the reference,
+    and a head's adapter is not switched for the teacher: refused, in one line."""
+    how = dict(target_modules=["lm_head"]) if more == "head" else {}
+    how = how or dict(target_modules="all-linear", modules_to_save=["embed_tokens"])
+    tokenizer = char_tokenizer()
+    model = small_qwen3(len(tokenizer), tie_word_embeddings=False)
+    save_model(tmp_path / "base", model, tokenizer)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, **how)).save_pretrained("bad")
+    config = json.loads(Path("bad/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "base")
+    Path("bad/adapter_config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained("bad")
+    result = cli("grpo", model="bad")
+    assert result.code == 2 and len(result.errors) == 1, result
+    assert "more than LoRA" in result.errors[0] and not Path("run").exists()

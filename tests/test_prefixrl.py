@@ -1176,3 +1176,24 @@ def test_table_ends_in_a_traceback(tmp_path, monkeypatch, capsys, script, arms, 
     script.report(tmp_path, script.Args())
     text = capsys.readouterr().out
     assert "base 0.000  trained 0.150" in text and text.count(shown) == 1
+
+
+def test_trace_model_ends_with_another_token(cli, tmp_path):
+    """Sampled until the student's EOS, the answers of a model that ends its turns with
+    another token run on behind their end: cut, imitated and paid for."""
+    tokenizer = char_tokenizer()
+    other = small_qwen3(len(tokenizer), seed=5)
+    other.generation_config.eos_token_id = [1, 40]
+    folder = save_model(tmp_path / "other", other, tokenizer)
+    result = cli(trace_model=folder)
+    assert result.code == 2 and "[1, 40]" in result.errors[0], result
+    assert not (tmp_path / "run").exists()
+
+
+def test_prefixes_end_in_plain_rl_unseen(cli, tmp_path):
+    """If all prefixes are empty, no trace is used and every batch is plain, whatever
+    --plain-share says; and traces that nothing uses need no model."""
+    result = cli(prefix_low=0, prefix_high=0.01, steps=1)
+    assert result.code == 2 and "prefixes are empty" in result.errors[0], result
+    result = cli(prefixes_per_problem=0, trace_model="nowhere", run_dir="new")
+    assert result.code == 2 and "--trace-model has no effect" in result.errors[0]

@@ -530,6 +530,7 @@ def test_student_never_ends_as_its_teacher_does(vopd, cli, folders, tmp_path):
     shutil.copytree(folders[1], teacher)
     path = teacher / "tokenizer_config.json"
     path.write_text(path.read_text().replace('"<eos>"', '"~"'))
+    (teacher / "generation_config.json").write_text(f'{{"eos_token_id": {ids["~"]}}}')
     assert cli(teacher=teacher, max_new_tokens=24).code == 0
     _, saved = vopd.load_model("run/checkpoint", cpu_args(vopd))
     assert saved.eos_token == "~" and saved.get_vocab() == ids
@@ -743,3 +744,42 @@ def test_ranks_divide_by_their_own_tokens(tmp_path):
     for gradient, *numbers in two:
         assert (gradient - one[0]).norm() < 1e-6 * one[0].norm()
         assert numbers == pytest.approx(one[1:], rel=1e-5)
+
+
+def test_run_cannot_be_saved(vopd, cli, folders, tmp_path):
+    """transformers refuses to save a generation_config that was changed and has a top_p
+    without do_sample, as old chat models do: 50 steps later, nothing is kept. A chat
+    teacher with two stop ids ends its student with both."""
+    for name, more in (
+        ("student", {"top_p": 0.9}),
+        ("teacher", {"eos_token_id": [1, 50]}),
+    ):
+        shutil.copytree(folders[name == "teacher"], tmp_path / name)
+        path = tmp_path / name / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    folder = dict(model=tmp_path / "student", teacher=tmp_path / "teacher")
+    result = cli(**folder, max_new_tokens=24)
+    assert result.code == 0, result
+    saved, tokenizer = vopd.load_model("run/checkpoint", cpu_args(vopd))
+    assert vopd.stop_ids(saved, tokenizer) == [1, 50]
+
+
+def test_teacher_is_trained_on_held_out_problems(vopd, cli, tmp_path, monkeypatch):
+    """The built-in teacher sees more problems than the student, drawn with other seeds:
+    a plug-in that splits by seed would put the run's held-out ones among them."""
+    (tmp_path / "task.py").write_text(
+        "def problems(split, seed):\n"
+        "    for i in range(70):\n"
+        "        if ((i + seed) % 7 == 0) == (split == 'eval'):\n"
+        "            yield dict(prompt=f'{i}:', answer=1, solution='1')\n\n\n"
+        "def reward(problem, completion):\n    return 0.0\n"
+    )
+    args = cpu_args(vopd, task="task.py", eval_prompts=10, prompts_per_step=2, seed=3)
+    problems, held_out, _ = vopd.load_task(args)
+    seen = []
+    monkeypatch.setattr(vopd, "tiny_model", lambda x, *_, **__: seen.append(x) or "no")
+    with pytest.raises(SystemExit):
+        vopd.load_teacher(problems, args)
+    asked = {problem.prompt for problem in held_out}
+    assert len(asked) == 10 and not asked & {problem.prompt for problem in seen[0]}
+    assert {problem.prompt for problem in problems} <= {x.prompt for x in seen[0]}

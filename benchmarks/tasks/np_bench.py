@@ -14,7 +14,9 @@ The easy sizes are published; medium and hard, the generators and all words are 
 
 A completion reasons and ends with `Answer:` and a list of numbers. Its reward is 0.1 if
 there is such a list, plus, if that is a feasible solution, its quality: value /
-reference where more is better, reference / value where less is.
+reference where more is better, reference / value where less is. So "right", a reward of
+1 or more, which is what pass@1 and prefixrl.py's hard problems count, is a quality of
+at least 0.9.
 
 A script takes 20,000 problems when it starts, and each is solved first: one or two
 minutes at easy sizes, ten at hard ones. To pay once, write a data set and use it:
