@@ -318,10 +318,18 @@ SKILL = (
     "nothing that serves other problems, PrefixRL does."
 )
 SHORT = (
-    "At 3.7 million transitions 16,384 environments have made 7 outer steps and are "
-    "still rising (picture -recipe): the runs are too short for a plateau there, and "
-    "longer ones were not made. Where the curves flatten, up to 1,024, more "
-    "environments end higher: see that claim."
+    "At 3.7 million transitions 4,096 and 16,384 environments have made 28 and 7 outer "
+    "steps and are still rising (picture -recipe): too short for a plateau there. "
+    "Tested with runs four times as long (arms long-*, picture -long)."
+)
+LONGER = (
+    "At 14.7 million transitions 4,096 and 16,384 environments have made 112 and 28 "
+    "outer steps and are still rising (picture -long); longer runs were not made."
+)
+ROOT_RATE = (
+    "Up to 1,024 environments a minibatch that grows with them, at a rate that grows "
+    "by the square root, does nearly as well as the recipe on this task; only without "
+    "the higher rate does it fall behind."
 )
 DDR = (
     "At equal transitions DDR is highest where the runs are short of outer steps "
@@ -349,6 +357,9 @@ EXPLANATIONS = {  # text of a claim: what was tried when it fails
     "PrefixRL: half the FLOPs of SFT, then RL, solve as many": SKILL,
     "1M environments: with the recipe, more of them end higher": SHORT,
     "1M environments: 16,384 end higher than 16 with the recipe": SHORT,
+    "1M environments: four times as long, 4,096 end higher than 1,024": LONGER,
+    "1M environments: four times as long, 16,384 end higher than 64": LONGER,
+    "1M environments: up to 1,024, nor if the rate grows by its root too": ROOT_RATE,
     "1M environments: DDR orders the ends of all these runs": DDR,
     "1M environments: DDR orders the ends of the recipe's runs": DDR,
     "1M environments: a smaller outer step by PPO-EWMA ends higher": ANCHOR,
