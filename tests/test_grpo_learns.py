@@ -41,7 +41,8 @@ def test_loop_that_does_not_learn(tmp_path):
     flags += " --max-new-tokens 16 --learning-rate 2e-2 --warmup-steps 0 --run-dir run"
     flags += " --eval-prompts 16 --eval-samples 4 --dtype float32 --model"
     tokenizer = visible_tokenizer()
-    model = save_model(tmp_path / "model", small_qwen3(len(tokenizer)), tokenizer)
+    model = small_qwen3(len(tokenizer), eos_token_id=0)
+    model = save_model(tmp_path / "model", model, tokenizer)
     done = run_script(script_path("grpo"), *flags.split(), model, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     steps = metrics_of(tmp_path / "run")
