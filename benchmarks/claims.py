@@ -13,8 +13,8 @@ goes on by --resume. Of the arms, the first is run for all seeds before the othe
 that the caches are made once. A record says whether a run added to its cache
 (cache_warm: false), because that is in its wall time. --jobs J runs J side by side,
 each with OMP_NUM_THREADS = cores / J. --quick runs the default and one other arm of a
-script with two seeds, a tenth of the steps and evaluations of 32 problems, to see that
-all this works; it writes to the work folder alone.
+script with two seeds, a tenth of the steps, 16 prompts a step and evaluations of 32
+problems, to see that all this works; it writes to the work folder alone.
 
 Identity. A run is known by its flags, its seed, the versions of torch and transformers
 and the hash of the program's syntax tree, which comments, docstrings and layout do not
@@ -401,14 +401,14 @@ def code_now(script: str, arm: str) -> str:
 
 
 def quick_flags(script: str, flags: list[str]) -> list[str]:
-    """Flags for a tenth of the steps of the script's Args, and small evaluations."""
+    """Flags for a tenth of the steps of the script's Args, and all else small, too."""
     tree = ast.parse(programs(script, "")[0].read_text())
     fields = {getattr(node, "name", ""): node for node in tree.body}["Args"].body
     own = {x.target.id: x.value for x in fields if isinstance(x, ast.AnnAssign)}
     steps = max(1, own["steps"].value // 10)
     small = {"steps": steps, "eval_every": steps, "save_every": steps}
     small |= {"eval_prompts": 32, "eval_episodes": 10, "teacher_steps": 100}
-    small |= {"candidates": 24, "trace_cap": 200}
+    small |= {"prompts_per_step": 16, "candidates": 24, "trace_cap": 200}
     pairs = [(f"--{k.replace('_', '-')}", str(v)) for k, v in small.items() if k in own]
     return [*flags, *(word for words in pairs for word in words)]
 
