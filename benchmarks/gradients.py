@@ -1,7 +1,6 @@
-"""What gradient_variance.py and prefix_gradients.py share: policies, moments, results.
+"""Gradients of a script at fixed policies, over seeds: runs, moments, results.
 
-Both ask the same question of a script's gradients at fixed policies, seed by seed. A
-result is {"seeds": {seed: {policy: {kind of gradient: {measure: value}}}}} with the
+A result is {"seeds": {seed: {policy: {kind of gradient: {measure: value}}}}} with the
 flags, hardware and versions it was made with.
 """
 
@@ -63,10 +62,10 @@ def inner_products(g: torch.Tensor) -> np.ndarray:
     return (g @ g.T).double().numpy()
 
 
-def measure_seeds(measure: Callable, name: str, doc: str, **defaults) -> None:
+def measure_seeds(measure: Callable, name: str, doc: str, drawn, **defaults) -> None:
     """Writes results/<program>.json: measure(script, seed, flags) of each seed, which
-    works in a folder of that seed. One that was measured with the same code and flags
-    is not measured again."""
+    works in a folder of that seed, and a picture of the measure drawn[0]. A seed that
+    was measured with the same code and flags is not measured again."""
     program = Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
@@ -96,15 +95,11 @@ def measure_seeds(measure: Callable, name: str, doc: str, **defaults) -> None:
             path.write_text(json.dumps(known))
         result["seeds"][str(seed)] = known["policies"]
     (out / f"{program}.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, out / f"{program}.png")
+    draw(result, out / f"{program}.png", *drawn)
 
 
-def draw(result: dict, path: Path) -> None:
-    """The main measure of each kind of gradient at each policy, with its interval."""
-    name, said = {
-        "prefix_gradients": ("snr", "SNR of the gradient of one batch (ratio)"),
-        "gradient_variance": ("ratio", "variance of the gradient / that of sampled"),
-    }[path.stem]
+def draw(result: dict, path: Path, name: str, label: str) -> None:
+    """A measure of each kind of gradient at each policy, with its interval."""
     axes = Figure(figsize=(7, 4), layout="constrained").add_subplot()
     policies = next(iter(result["seeds"].values()))
     kinds = list(next(iter(policies.values())))
@@ -114,12 +109,12 @@ def draw(result: dict, path: Path) -> None:
         ]
         heights, lows, highs = np.array(ends).T
         places = np.arange(len(kinds)) + 0.8 * i / len(policies)
-        look = dict(color=str(0.2 + 0.3 * i), width=0.8 / len(policies), capsize=3)
+        look = dict(color=str(0.45 + 0.25 * i), width=0.8 / len(policies), capsize=3)
         errors = heights - lows, highs - heights
         axes.bar(places, heights, yerr=errors, label=f"policy of {policy}", **look)
     middle = np.arange(len(kinds)) + 0.4 * (len(policies) - 1) / len(policies)
     axes.set_xticks(middle, [kind.replace(", ", ",\n") for kind in kinds], fontsize=8)
-    axes.set(xlabel="kind of gradient", ylabel=said)
+    axes.set(xlabel="kind of gradient", ylabel=label)
     title = f"IQM of {len(result['seeds'])} seeds, 95 % interval"
     axes.set_title(title, fontsize=10)
     axes.legend()

@@ -107,4 +107,5 @@ def measure(prefixrl, seed: int, flags) -> dict:
 
 
 if __name__ == "__main__":
-    measure_seeds(measure, "prefixrl", __doc__, after=[0, 50, 200], batches=64)
+    drawn = "snr", "SNR of the gradient of one batch (ratio)"
+    measure_seeds(measure, "prefixrl", __doc__, drawn, after=[0, 50, 200], batches=64)

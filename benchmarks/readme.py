@@ -168,23 +168,33 @@ def estimator_cost(found: dict) -> tuple[str, list[str], list[list[str]]]:
 
 def gradient_variance(found: dict) -> tuple[str, list[str], list[list[str]]]:
     """Variance and bias of the estimators' gradients at the same students."""
-    students, columns = next(iter(found["seeds"].values())), ["estimator"]
-    for where in students:
-        columns += [f"{where}: variance / that of `sampled`"]
-        columns += [f"{where}: squared bias / \\|full\\|^2"]
+    columns, students = (
+        ["estimator"],
+        [x["estimators"] for x in found["students"].values()],
+    )
+    for where in found["students"]:
+        columns += [
+            f"{where}: variance / that of `sampled`",
+            "squared bias / \\|full\\|^2",
+        ]
     rows = []
-    for kind in next(iter(students.values())):
-        pairs = [(where, x) for where in students for x in ("ratio", "bias_squared")]
-        values = [report.over_seeds(found, where, kind, x) for where, x in pairs]
-        rows.append([f"`{kind}`", *map(report.spread, values)])
-    flags, judged = found["flags"], lambda *x: report.gradient_claim(found, "ratio", *x)
+    for name in students[0]:
+        row = [f"`{name}`"]
+        for values in (student[name] for student in students):
+            ratio, (low, high) = values["ratio_to_sampled"], values["ratio_interval"]
+            row.append(f"{ratio:.3f} [{low:.3f}, {high:.3f}]")
+            bias = [
+                values.get("bias_squared"),
+                *values.get("bias_squared_interval", ()),
+            ]
+            text = "{} [{}, {}]"
+            row.append(text.format(*map(report.number, bias)) if bias[1:] else "0")
+        rows.append(row)
+    flags = found["flags"]
     intro = f"{flags['batches']} batches of {flags['batch_size']} completions at each "
-    intro += f"student, the same for all estimators, {len(found['seeds'])} seeds; IQM "
-    intro += f"over seeds [95 %]. k = {flags['top_k']} of 98 tokens. The squared bias "
-    intro += "is an unbiased estimate, which may be below 0. vOPD claims a lower "
-    intro += "variance than that of `sampled`. The ratio less 1, seed by seed: "
-    intro += judged("vopd", "sampled", "lower") + ". A top-k baseline against the "
-    intro += f"whole one (equal): {judged('vopd-topk', 'vopd', 'equal')}."
+    intro += "student, the same for all estimators; [95 % bootstrap over batches]. "
+    intro += f"k = {flags['top_k']} of 98 tokens. The squared bias is an unbiased "
+    intro += "estimate, which may be below 0."
     return intro, columns, rows
 
 
