@@ -510,7 +510,8 @@ class Agent(torch.nn.Module):
 
     def act(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
         """Actions drawn for obs (B, O), their log-probs and the values, (B,)."""
-        policy = self.policy(*self.outputs(obs))
+        outputs = Agent.outputs(self, obs)  # self.outputs may be a graph of its own
+        policy = self.policy(*outputs)
         if self.discrete:
             actions = (policy.probs.cumsum(-1)[:, :-1] <= noise).sum(-1)
             actions = actions.byte() if policy.param_shape[-1] <= 256 else actions
@@ -901,7 +902,7 @@ def check(args: Args) -> None:
         updates = args.steps * args.epochs * batch / size
         args.compile = "on" if args.device == "cuda" or updates > 2**14 else "off"
     try:
-        compiled(torch.neg, args)(torch.zeros(2, device=args.device))
+        compiled(lambda x: (-x,), args)(torch.zeros(2, device=args.device))
     except Exception as e:
         print(f"torch.compile is off: {str(e).splitlines()[0]}")
         args.compile = "off"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -346,6 +347,26 @@ def test_compiled_graph_computes_something_else(ppo, changes, float64):
         stats = ppo.learn(agent, batch, args)
         results.append([agent.state_dict(), batch, stats])
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+def test_cuda_graphs_are_off_or_in_pieces_and_nobody_says_so(
+    ppo, run, monkeypatch, tmp_path
+):
+    """What wraps the graphs of a GPU, around a compiler that only records: the trial at
+    the start finds nothing wrong, each function is one graph, and the run is that
+    without it."""
+    compile, compiled, last = torch.compile, ppo.compiled, []
+    one_graph = lambda f, **_: compile(f, backend="eager", fullgraph=True)
+    as_on_a_gpu = lambda f, args: compiled(f, dataclasses.replace(args, device="cuda"))
+    for mode in "off", "on":
+        monkeypatch.setattr(ppo.torch, "compile", one_graph)
+        monkeypatch.setattr(ppo, "compiled", as_on_a_gpu)
+        run("--compile", mode, "--steps", 2, "--run-dir", mode)
+        args = json.loads((tmp_path / mode / "args.json").read_text())["args"]
+        assert args["compile"] == mode
+        last.append(metrics_of(tmp_path / mode)[-1])
+    off, on = ({k: x[k] for k in ("policy_loss", "kl", "grad_norm")} for x in last)
+    assert on == pytest.approx(off, rel=1e-6)
 
 
 def test_kl_is_measured_in_the_other_direction(ppo):
