@@ -342,6 +342,11 @@ ANCHOR = (
     "environments were not tried, nor another way to make the outer step smaller."
 )
 EXPLANATIONS = {  # text of a claim: what was tried when it fails
+    "Dr. GRPO: means per sequence make wrong answers longer": (
+        "A task without the effect: the numbers of a Countdown problem fix the length of "
+        "an answer, and wrong ones keep about 14 characters in every arm (picture "
+        "-length). A task with free-form reasoning was not run."
+    ),
     "DMPO: the quality ratio is above GRPO's": WEAK,
     "DMPO: more answers are feasible than with GRPO": SAME,
     "DMPO: the best of 16 answers is better than GRPO's": SAME,
