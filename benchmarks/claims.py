@@ -343,8 +343,8 @@ ANCHOR = (
 )
 EXPLANATIONS = {  # text of a claim: what was tried when it fails
     "Dr. GRPO: means per sequence make wrong answers longer": (
-        "A task without the effect: the numbers of a Countdown problem fix the length of "
-        "an answer, and wrong ones keep about 14 characters in every arm (picture "
+        "A task without the effect: the numbers of a Countdown problem fix the length "
+        "of an answer, and wrong ones keep about 14 characters in every arm (picture "
         "-length). A task with free-form reasoning was not run."
     ),
     "DMPO: the quality ratio is above GRPO's": WEAK,
