@@ -21,6 +21,7 @@ from unittest import mock
 
 import env_speed
 import memory
+import ring_decode
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models
@@ -137,10 +138,11 @@ def run(script: str, *flags) -> None:
 # --------------------------------------- Parts ----------------------------------------
 
 
-def rollout(sizes: Sizes, report: Callable) -> None:
-    """Tokens a second of grpo.py's generate, by batch; its log-probs as sampled against
-    those that the update will see."""
+def rollout(sizes: Sizes, report: Callable, ring: bool = False) -> None:
+    """Tokens a second of grpo.py's generate, by batch, or of ring_decode.py in the
+    place of its decode; log-probs as sampled against those that the update will see."""
     grpo = memory.load_script("grpo")
+    grpo.decode = ring_decode.decode if ring else grpo.decode
     many = dict(max_new_tokens=sizes.new_tokens, rollout_batch_size=10**6)
     args = flags_of(grpo, sizes, **many)
     model, tokenizer = load(lambda: grpo.load_model("", args), "0.6B", sizes)
@@ -168,8 +170,9 @@ def rollout(sizes: Sizes, report: Callable) -> None:
             report(delta_logp=found | {"dtype": args.dtype})
 
 
-def library(sizes: Sizes, report: Callable, continuous: bool) -> None:
-    """The same of transformers' own `generate`, or of its continuous batching."""
+def library(sizes: Sizes, report: Callable, how: str) -> None:
+    """The same of transformers' own `generate`, with a dynamic cache or a static one
+    (which it compiles for on a GPU), or of its continuous batching."""
     grpo = memory.load_script("grpo")
     args, n = flags_of(grpo, sizes), sizes.new_tokens
     model, _ = load(lambda: grpo.load_model("", args), "0.6B", sizes)
@@ -185,18 +188,20 @@ def library(sizes: Sizes, report: Callable, continuous: bool) -> None:
         few = transformers.ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
         batching = dict(continuous_batching_config=few)
 
+    static = {"cache_implementation": "static"} if how == "static" else {}
+
     def generate(n: int) -> int:
-        how = transformers.GenerationConfig(**kwargs, max_new_tokens=n)
-        if continuous:
+        config = transformers.GenerationConfig(**kwargs, **static, max_new_tokens=n)
+        if how == "continuous":
             done = model.generate_batch(
-                inputs=prompts, generation_config=how, **batching
+                inputs=prompts, generation_config=config, **batching
             )
             return sum(len(one.generated_tokens) for one in done.values())
-        new = model.generate(**inputs, generation_config=how)[:, ids.shape[1] :]
+        new = model.generate(**inputs, generation_config=config)[:, ids.shape[1] :]
         return int(grpo.completion_mask(new, 1)[0].sum())
 
-    if not continuous:  # that brings its warm-up with it
-        generate(4)
+    if how != "continuous":  # that brings its warm-up with it
+        generate(n if static else 4)  # a static cache is compiled for by its length
     row = speed(lambda: generate(n), sizes)
     report(**{f"batch {sizes.sequences}": row})
     assert row["tokens"] > 0, "no tokens came back"
@@ -343,11 +348,13 @@ def countdown(sizes: Sizes, report: Callable) -> None:
 
 
 PARTS = {"rollout": (rollout, 90)}  # and seconds at most
-PARTS["generate"] = lambda *x: library(*x, continuous=False), 60
-PARTS["continuous-batching"] = lambda *x: library(*x, continuous=True), 60
+PARTS["rollout-ring"] = lambda *x: rollout(*x, ring=True), 60
+PARTS["generate"] = lambda *x: library(*x, how="dynamic"), 60
+PARTS["continuous-batching"] = lambda *x: library(*x, how="continuous"), 60
 PARTS |= {"exact": (exact, 40), "memory": (peaks, 90)}
 for name, shape in itertools.product(SCRIPTS, WIDTHS):
     step = lambda *x, name=name, shape=shape: one_step(*x, name, shape)
     PARTS[f"step-{name}-{shape}"] = step, 45
 PARTS |= {"cartpole": (cartpole, 80), "countdown": (countdown, 80)}
 PARTS |= {"env_speed": (environments, 100), "estimator_cost": (estimators, 90)}
+PARTS["generate-static"] = lambda *x: library(*x, how="static"), 90  # it compiles

@@ -14,14 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, load_script, script_path
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu
 import memory
+import ring_decode
 
 STEPS = "grpo", "dmpo", "prefixrl", "vopd"
-QUICK = "rollout", "generate", "exact", "memory", "cartpole", "countdown", "env_speed"
+QUICK = "rollout", "rollout-ring", "generate", "generate-static", "exact", "memory"
+QUICK += "cartpole", "countdown", "env_speed"
 
 
 def run(out: Path, *flags, **env) -> tuple[subprocess.CompletedProcess, dict]:
@@ -69,7 +72,8 @@ def test_a_part_that_only_a_gpu_can_break(tmp_path):
     assert len(set(speeds)) == len(speeds) > 40
     for batch in 4, 8:
         assert parts["rollout"][f"batch {batch}"]["tokens"] <= 8 * batch
-    assert parts["rollout"]["delta_logp"]["max"] < 1e-5
+    for name in "rollout", "rollout-ring":
+        assert parts[name]["delta_logp"]["max"] < 1e-5
     assert {*parts["exact"]} == {*STEPS, "ppo_envs"}
     assert {*memory.CASES} < {*parts["memory"]}
     for name in STEPS:
@@ -145,6 +149,58 @@ def test_stand_in_for_tyro_reads_other_flags(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", [name, *words])
         wanted = dataclasses.asdict(load_script(name).read_flags())
         assert json.loads(line) == wanted
+
+
+# ----------------------------------- ring_decode.py -----------------------------------
+
+
+def small_model(kind: str):
+    """A model of two layers, random weights, whose samples differ from each other."""
+    shape = dict(vocab_size=40, max_position_embeddings=64)
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        shape = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, **shape)
+    else:
+        shape |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+        shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+        shape = transformers.Qwen3Config(**shape)
+    model = transformers.AutoModelForCausalLM.from_config(shape).eval()
+    for weight in model.parameters():
+        weight.data *= 3
+    return model
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8, 24, 100])
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+def test_a_slot_still_sees_who_had_it_before(kind, slots):
+    """Slots that are filled anew, a ring that begins again, prompts of several lengths
+    that end at other times, a completion of one token and one that is cut off: tokens
+    and log-probs are those of grpo.py's decode, which has neither slots nor a ring."""
+    grpo, model = load_script("grpo"), small_model(kind)
+    noise = torch.rand(24, 9, dtype=torch.float64, generator=torch.manual_seed(1))
+    rows = [[5, 6, 7, 8, 9], [7], [9, 9], [8, 3, 2, 8], [3, 3, 3], [2, 4, 6, 8]]
+    prompts = grpo.pad(rows, 0, "left")
+    seen = grpo.pad([[1] * len(row) for row in rows], 0, "left")
+    stops = torch.tensor([0, 11, 12, 13, 14, 15])  # 0: of the padding, too
+    batch = model, prompts, seen, noise, 0.7, stops
+    wanted, logprobs = grpo.decode(*batch)
+    mask, cut = grpo.completion_mask(wanted, stops)
+    lengths = set(mask.sum(-1).tolist())
+    assert {1.0, 9.0} < lengths and len(lengths) > 4 and cut.any()
+    found, again = ring_decode.decode(*batch, slots=slots)
+    assert torch.equal(grpo.completion_mask(found, stops)[0], mask)
+    assert torch.equal(found * mask, wanted * mask)
+    torch.testing.assert_close(again * mask, logprobs * mask, atol=2e-5, rtol=0)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_window_is_not_seen_in_a_ring():
+    """Where attention reaches only so far back, a column's place says nothing."""
+    model = small_model("qwen3")
+    model.config.sliding_window = 4
+    batch = torch.ones(1, 2).long(), torch.ones(1, 2).long(), torch.rand(1, 3)
+    with pytest.raises(ValueError, match="sliding window"):
+        ring_decode.decode(model, *batch, 1.0, torch.tensor([0]))
 
 
 # ------------------------------------- memory.py --------------------------------------
