@@ -233,16 +233,22 @@ def judge(runs: list[dict], claim) -> dict:
     return found | {"verdict": verdict(low, high, claim.kind, claim.margin, n)}
 
 
-def higher_snr(rows: dict, kind: str = "prefix 40-80 %") -> str:
-    """Whether gradients behind prefixes have a higher signal-to-noise ratio than plain
-    ones at one policy of prefix_gradients.json: higher or lower if the two 95 %
-    intervals are apart."""
-    (low, high), (plain_low, plain_high) = (
-        rows[name]["snr_interval"] for name in (kind, "plain")
-    )
-    if low > plain_high:
-        return "higher"
-    return "lower" if high < plain_low else "intervals overlap"
+def over_seeds(found: dict, policy: str, kind: str, name: str) -> list[float]:
+    """A measure of a result of gradients.py, one value a seed (those that have it)."""
+    values = [rows[policy][kind][name] for rows in found["seeds"].values()]
+    return [value for value in values if value is not None]
+
+
+def gradient_claim(found: dict, name: str, a: str, b: str, kind: str) -> str:
+    """What a result of gradients.py says of a measure of two kinds of gradients: the
+    difference a - b, seed by seed, at each policy, and the verdict (margin 0.05)."""
+    said = []
+    for policy in next(iter(found["seeds"].values())):
+        pair = [np.array(over_seeds(found, policy, x, name)) for x in (a, b)]
+        middle, low, high = interval(pair[0] - pair[1])
+        word = verdict(low, high, kind, 0.05, len(pair[0]))
+        said.append(f"{policy} {middle:+.3f} [{low:+.3f}, {high:+.3f}], {word}")
+    return "; ".join(said)
 
 
 # -------------------------------------- Tables ----------------------------------------

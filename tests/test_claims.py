@@ -671,19 +671,6 @@ def test_rank_correlation_is_over_other_runs_than_it_says():
     )
 
 
-def test_signal_to_noise_is_judged_from_the_wrong_rows():
-    """Intervals apart decide, in either direction; any overlap leaves it open; batches
-    of another kind have no say."""
-    rows = {"plain": (0.1, 0.2), "prefix 80-95 %": (8.0, 9.0)}
-    above, below, open_ = "higher", "lower", "intervals overlap"
-    cases = {(0.21, 0.4): above, (0.01, 0.09): below, (0.15, 0.4): open_}
-    cases |= {(0.0, 0.9): open_, (0.2, 0.3): open_, (0.0, 0.1): open_}
-    for limits, expected in cases.items():
-        of = {**rows, "prefix 40-80 %": limits}
-        found = {name: {"snr_interval": list(x)} for name, x in of.items()}
-        assert report.higher_snr(found) == expected, limits
-
-
 # -------------------------------------- README ----------------------------------------
 
 

@@ -1,0 +1,126 @@
+"""What gradient_variance.py and prefix_gradients.py share: policies, moments, results.
+
+Both ask the same question of a script's gradients at fixed policies, seed by seed. A
+result is {"seeds": {seed: {policy: {kind of gradient: {measure: value}}}}} with the
+flags, hardware and versions it was made with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import claims
+import numpy as np
+import report
+import torch
+from matplotlib.figure import Figure
+
+
+def load_script(name: str) -> ModuleType:
+    """algos/<name>.py as a module."""
+    path = claims.ROOT / "algos" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_until(script: ModuleType, steps: int, seed: int, more: str) -> Path:
+    """The folder run-<steps> of a run of the script that ends there."""
+    folder = Path(f"run-{steps}")
+    if not (folder / "checkpoint").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, script.__file__, "--run-dir", str(folder), "--seed"]
+        command += [str(seed), "--steps", str(steps), "--eval-every", "100000"]
+        command += ["--device", "cpu", *more.split()]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def args_of(script: ModuleType, folder: Path):
+    """The Args of a run."""
+    return script.Args(**json.loads((folder / "args.json").read_text())["args"])
+
+
+def moments(gram: np.ndarray) -> tuple[float, float]:
+    """E|g|^2 and an unbiased |E g|^2 of K gradients, from all their inner products
+    (K, K)."""
+    count, own = len(gram), np.trace(gram)
+    return own / count, (gram.sum() - own) / (count * (count - 1))
+
+
+def inner_products(g: torch.Tensor) -> np.ndarray:
+    """All inner products (K, K) of K gradients (K, parameters)."""
+    return (g @ g.T).double().numpy()
+
+
+def measure_seeds(measure: Callable, name: str, doc: str, **defaults) -> None:
+    """Writes results/<program>.json: measure(script, seed, flags) of each seed, which
+    works in a folder of that seed. One that was measured with the same code and flags
+    is not measured again."""
+    program = Path(sys.argv[0]).stem
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    for flag, default in defaults.items():
+        several = {"nargs": "+"} if isinstance(default, list) else {}
+        kind = type(default[0] if several else default)
+        flag = f"--{flag.replace('_', '-')}"
+        parser.add_argument(flag, type=kind, default=default, **several)
+    parser.add_argument("--run-flags", default="", help="more flags of the runs")
+    parser.add_argument("--work", default=str(claims.ROOT / "runs" / program))
+    parser.add_argument("--out", default=str(claims.RESULTS))
+    flags, script = parser.parse_args(), load_script(name)
+    out, code = Path(flags.out).resolve(), claims.code_now(name, "default")
+    out.mkdir(parents=True, exist_ok=True)
+    how = {flag: getattr(flags, flag) for flag in [*defaults, "run_flags"]}
+    result = {"hardware": f"{os.cpu_count()} CPU cores, no GPU"}
+    result |= {"torch": torch.__version__, "code": code, "flags": how, "seeds": {}}
+    work = Path(flags.work, code).resolve()
+    for seed in flags.seeds:
+        folder = work / f"s{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.chdir(folder)  # the script caches its models there
+        path = Path("measured.json")
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if known.get("flags") != how:
+            known = {"flags": how, "policies": measure(script, seed, flags)}
+            path.write_text(json.dumps(known))
+        result["seeds"][str(seed)] = known["policies"]
+    (out / f"{program}.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, out / f"{program}.png")
+
+
+def draw(result: dict, path: Path) -> None:
+    """The main measure of each kind of gradient at each policy, with its interval."""
+    name, said = {
+        "prefix_gradients": ("snr", "SNR of the gradient of one batch (ratio)"),
+        "gradient_variance": ("ratio", "variance of the gradient / that of sampled"),
+    }[path.stem]
+    axes = Figure(figsize=(7, 4), layout="constrained").add_subplot()
+    policies = next(iter(result["seeds"].values()))
+    kinds = list(next(iter(policies.values())))
+    for i, policy in enumerate(policies):
+        ends = [
+            report.interval(report.over_seeds(result, policy, x, name)) for x in kinds
+        ]
+        heights, lows, highs = np.array(ends).T
+        places = np.arange(len(kinds)) + 0.8 * i / len(policies)
+        look = dict(color=str(0.2 + 0.3 * i), width=0.8 / len(policies), capsize=3)
+        errors = heights - lows, highs - heights
+        axes.bar(places, heights, yerr=errors, label=f"policy of {policy}", **look)
+    middle = np.arange(len(kinds)) + 0.4 * (len(policies) - 1) / len(policies)
+    axes.set_xticks(middle, [kind.replace(", ", ",\n") for kind in kinds], fontsize=8)
+    axes.set(xlabel="kind of gradient", ylabel=said)
+    title = f"IQM of {len(result['seeds'])} seeds, 95 % interval"
+    axes.set_title(title, fontsize=10)
+    axes.legend()
+    axes.figure.savefig(path, dpi=120)
