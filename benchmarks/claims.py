@@ -169,7 +169,8 @@ class Claim(NamedTuple):
     through them; flops/2: A at half of B's total FLOPs, B at its end; ranks: the rank
     correlation of the metric at the end with B (num_envs, or the median ddr) over the
     arms of the families A (family-16, ...; all of them have the arm recipe-64);
-    ranks/1024: over those of at most 1,024 environments."""
+    ranks/1024: over those of at most 1,024 environments; policy: A and B are kinds of
+    gradients, at each policy that they were measured at."""
 
     text: str  # paper: what it claims, in our words
     metric: str  # "x-y" is the difference of two metrics
@@ -296,6 +297,20 @@ CLAIMS = {
               "eval/episode_return ewma-64 recipe-64 higher 1"),
         claim("1M environments: cutting the outer step in mid-run revives learning",
               "eval/episode_return cut recipe-64 higher 1"),
+    ],
+}  # fmt: skip
+GRADIENT_CLAIMS = {  # of the program that measures them, at each policy
+    "gradient_variance": [
+        Claim("vOPD: the baseline lowers the variance of the gradient",
+              "ratio", "vopd", "sampled", "lower", 0.05, "policy"),
+        Claim("vOPD: a top-k baseline lowers it as far",
+              "ratio", "vopd-topk", "vopd", "equal", 0.05, "policy"),
+        Claim("vOPD: the gradient of the top-k objective is biased",
+              "bias_squared", "topk", "full", "higher", 0.0, "policy"),
+    ],
+    "prefix_gradients": [
+        Claim("PrefixRL: behind a prefix the gradient has a higher SNR",
+              "snr", "prefix 40-80 %", "plain", "higher", 0.05, "policy"),
     ],
 }  # fmt: skip
 WEAK = (

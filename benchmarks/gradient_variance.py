@@ -83,5 +83,5 @@ def measure(vopd, seed: int, flags) -> dict:
 
 
 if __name__ == "__main__":
-    defaults = dict(after=[0, 60], batches=96, batch_size=16, top_k=10)
+    defaults = dict(after=[0, 60], batches=96, batch_size=16, top_k=5)
     measure_seeds(measure, "vopd", __doc__, **defaults)

@@ -166,46 +166,64 @@ def estimator_cost(found: dict) -> tuple[str, list[str], list[list[str]]]:
     return intro, ["estimator", *(f"V = {int(v):,}" for v in sizes)], rows
 
 
-def gradient_variance(found: dict) -> tuple[str, list[str], list[list[str]]]:
-    """Variance and bias of the estimators' gradients at the same students."""
-    students, columns = next(iter(found["seeds"].values())), ["estimator"]
-    for where in students:
-        columns += [f"{where}: variance / that of `sampled`"]
-        columns += [f"{where}: squared bias / \\|full\\|^2"]
+def gradient_claims(name: str, found: dict) -> tuple[list[str], list[list[str]]]:
+    """The claims about a program's gradients, at each policy."""
     rows = []
-    for kind in next(iter(students.values())):
-        pairs = [(where, x) for where in students for x in ("ratio", "bias_squared")]
-        values = [report.over_seeds(found, where, kind, x) for where, x in pairs]
-        rows.append([f"`{kind}`", *map(report.spread, values)])
-    flags, judged = found["flags"], lambda *x: report.gradient_claim(found, "ratio", *x)
+    for claim in claims.GRADIENT_CLAIMS[name]:
+        for policy in next(iter(found["seeds"].values())):
+            judged = report.judge_gradients(found, policy, claim)
+            text = f"{claim.text} ({claim.metric}: {claim.a} - {claim.b})"
+            gap = [report.number(judged[x], "+") for x in ("difference", "low", "high")]
+            gap = "{} [{}, {}]".format(*gap)
+            rows.append([text, policy, str(judged["seeds"]), gap, judged["verdict"]])
+    return ["claim", "policy", "seeds", "difference [95 %]", "verdict"], rows
+
+
+def gradient_table(found: dict, names: dict[str, str]) -> tuple[list, list]:
+    """Kinds of gradients against measures (by their headings) at each policy."""
+    policies = next(iter(found["seeds"].values()))
+    pairs = [(policy, name) for policy in policies for name in names]
+    columns = [f"{policy}: {names[name]}" for policy, name in pairs]
+    rows = []
+    for kind in next(iter(policies.values())):
+        values = [report.over_seeds(found, policy, kind, x) for policy, x in pairs]
+        rows.append([kind, *map(report.spread, values)])
+    return ["", *columns], rows
+
+
+def gradient_variance(found: dict) -> tuple:
+    """Variance and bias of the estimators' gradients at the same students."""
+    names = {"ratio": "variance / that of sampled", "bias_squared": "bias^2"}
+    flags, seeds = found["flags"], len(found["seeds"])
     intro = f"{flags['batches']} batches of {flags['batch_size']} completions at each "
-    intro += f"student, the same for all estimators, {len(found['seeds'])} seeds; IQM "
-    intro += f"over seeds [95 %]. k = {flags['top_k']} of 98 tokens. The squared bias "
-    intro += "is an unbiased estimate, which may be below 0. vOPD claims a lower "
-    intro += "variance than that of `sampled`. The ratio less 1, seed by seed: "
-    intro += judged("vopd", "sampled", "lower") + ". A top-k baseline against the "
-    intro += f"whole one (equal): {judged('vopd-topk', 'vopd', 'equal')}."
-    return intro, columns, rows
+    intro += f"student, the same for all estimators, {seeds} seeds; IQM over seeds "
+    intro += (
+        f"[95 %]. k = {flags['top_k']} of 98 tokens. bias^2: squared bias over the "
+    )
+    intro += "squared length of full's gradient, an unbiased estimate, which may be "
+    intro += "below 0."
+    return (
+        intro,
+        *gradient_table(found, names),
+        *gradient_claims("gradient_variance", found),
+    )
 
 
-def prefix_gradients(found: dict) -> tuple[str, list[str], list[list[str]]]:
+def prefix_gradients(found: dict) -> tuple:
     """Gradients with and without prefixes at the same policies."""
-    policies, rows = next(iter(found["seeds"].values())), []
-    for where, kinds in policies.items():
-        for kind in kinds:
-            values = lambda name: report.over_seeds(found, where, kind, name)
-            spreads = [report.spread(values(x)) for x in ("live", "norm", "std", "snr")]
-            cosines = values("cosine")
-            cosine = report.number(report.iqm(cosines)) if cosines else ""
-            rows.append([where, kind, *spreads, cosine])
-    said = report.gradient_claim(found, "snr", "prefix 40-80 %", "plain", "higher")
-    intro = f"{found['flags']['batches']} batches of 32 groups of 8 of each kind at "
-    intro += f"each policy, {len(found['seeds'])} seeds; IQM over seeds [95 %]. SNR: "
-    intro += "|E g|^2 over the variance of one batch's gradient; cosine: between E g "
-    intro += "and that of plain batches. PrefixRL claims a higher SNR behind prefixes. "
-    intro += f"40-80 % less plain, seed by seed: {said}."
-    columns = ["policy", "batches", "live groups", "gradient norm", "its std", "SNR"]
-    return intro, [*columns, "cosine"], rows
+    names = {"live": "live groups", "snr": "SNR"}
+    flags, seeds = found["flags"], len(found["seeds"])
+    intro = (
+        f"{flags['batches']} batches of 32 groups of 8 of each kind at each policy, "
+    )
+    intro += f"{seeds} seeds; IQM over seeds [95 %]. SNR: |E g|^2 over the variance of "
+    intro += "one batch's gradient; live groups: those with a reward that is not all "
+    intro += "equal. The norm and the std of the gradients are in the file."
+    return (
+        intro,
+        *gradient_table(found, names),
+        *gradient_claims("prefix_gradients", found),
+    )
 
 
 def combination_lock(found: dict) -> tuple[str, list[str], list[list[str]]]:

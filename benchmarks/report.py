@@ -239,16 +239,15 @@ def over_seeds(found: dict, policy: str, kind: str, name: str) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def gradient_claim(found: dict, name: str, a: str, b: str, kind: str) -> str:
-    """What a result of gradients.py says of a measure of two kinds of gradients: the
-    difference a - b, seed by seed, at each policy, and the verdict (margin 0.05)."""
-    said = []
-    for policy in next(iter(found["seeds"].values())):
-        pair = [np.array(over_seeds(found, policy, x, name)) for x in (a, b)]
-        middle, low, high = interval(pair[0] - pair[1])
-        word = verdict(low, high, kind, 0.05, len(pair[0]))
-        said.append(f"{policy} {middle:+.3f} [{low:+.3f}, {high:+.3f}], {word}")
-    return "; ".join(said)
+def judge_gradients(found: dict, policy: str, claim) -> dict:
+    """What a result of gradients.py says of a claim about its kinds of gradients: their
+    difference at a policy, seed by seed."""
+    a, b = (np.array(over_seeds(found, policy, x, claim.metric))
+            for x in (claim.a, claim.b))  # fmt: skip
+    middle, low, high = interval(a - b)
+    said = {"seeds": len(a), "difference": middle, "low": low, "high": high}
+    word = verdict(low, high, claim.kind, claim.margin, len(a))
+    return said | {"verdict": word}
 
 
 # -------------------------------------- Tables ----------------------------------------

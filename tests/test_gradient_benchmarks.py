@@ -81,8 +81,9 @@ def test_snr_is_not_that_of_a_batch():
 def test_seeds_are_compared_unpaired(gap, seeds, said):
     """Seeds whose plain values lie far apart: the difference is taken seed by seed, and
     fewer than five of them decide nothing."""
-    rows = [{"plain": {"snr": x}, "prefix": {"snr": x + y}}
+    rows = [{"plain": {"snr": x}, "prefix 40-80 %": {"snr": x + y}}
             for x, y in zip(np.linspace(0, 5, seeds), gap)]  # fmt: skip
     found = {"seeds": {str(i): {"step 50": row} for i, row in enumerate(rows)}}
-    asked = "snr", "prefix", "plain", "higher"
-    assert load("report").gradient_claim(found, *asked).endswith(f"], {said}")
+    claim = load("claims").GRADIENT_CLAIMS["prefix_gradients"][0]
+    judged = load("report").judge_gradients(found, "step 50", claim)
+    assert judged["verdict"] == said and judged["seeds"] == seeds
