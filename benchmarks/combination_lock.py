@@ -100,18 +100,23 @@ def main(seeds: int = 6) -> None:
         for kind, style in (("tabular", "--"), ("shared", "-")):
             chosen = [r for r in runs if r["policy"] == kind and r["band"] == band]
             updates = [line["update"] for line in chosen[0]["lines"]]
-            for name, colour in (("plain", "C0"), ("before", "C1")):
+            for name, colour in (("plain", "0.0"), ("before", "0.6")):
                 values = np.array([[x[name] for x in r["lines"]] for r in chosen])
-                label, mean = f"{kind}: {name}", values.mean(0)
+                what = {"plain": "the lock opens", "before": "first wheels right"}
+                label, mean = f"{kind}: {what[name]}", values.mean(0)
                 axes.plot(updates, mean, style, color=colour, label=label)
                 low, high = values.min(0), values.max(0)
                 axes.fill_between(updates, low, high, color=colour, alpha=0.15)
                 end = f"{mean[0]:.2g} -> {mean[-1]:.2g} [{low[-1]:.2g}, {high[-1]:.2g}]"
                 shares = "-".join(f"{100 * x:.0f}" for x in band)
                 print(f"{shares:>6} % {kind:8} {name:7} {end}")
-        axes.set(title=f"prefixes of {shares} %", xlabel="update", ylim=(-0.02, 1.02))
+        axes.set(
+            title=f"prefixes of {shares} %",
+            xlabel="updates (batches)",
+            ylim=(-0.02, 1.02),
+        )
     axes.legend(fontsize=7)
-    figure.supylabel("chance")
+    figure.supylabel("chance without a prefix")
     figure.savefig(RESULTS / "combination_lock.png", dpi=100)
     print(f"{seeds} seeds, lowest and highest in brackets")
     print(f"{time.perf_counter() - begun:.0f} s, {RESULTS}/combination_lock.json, .png")
