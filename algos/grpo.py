@@ -17,7 +17,8 @@ Maximised over theta, for completions i = 1..G of a prompt with rewards r_i:
                     constant  w_i = 1,        Z = completions x max length  (Dr. GRPO)
 
 Z is one number for an optimiser step, over all micro-batches and ranks. At the first
-update on a batch rho is exactly 1: the loss is near 0, its gradient -A grad log pi not.
+update on a batch rho is exactly 1: the loss is 0 but for unequal lengths and says
+nothing of progress; its gradient, -A grad log pi, is not.
 
 Differences. std divides by G - 1 (the paper does not say), eps is 1e-4. The KL term is
 rho k2, rho detached and k2 = (log pi - log pi_ref)^2 / 2: its gradient is the reverse

@@ -407,7 +407,8 @@ def compiled(function: Callable, args: Args) -> Callable:
     if args.device != "cuda":
         options = {"cpp_wrapper": args.device == "cpu"}  # no Python between its kernels
         return torch.compile(function, dynamic=shapes, options=options)
-    graph = torch.compile(function, dynamic=shapes, mode="reduce-overhead")
+    mode = "default" if WORLD_SIZE > 1 else "reduce-overhead"  # a graph for each size
+    graph = torch.compile(function, dynamic=shapes, mode=mode)
 
     def call(*inputs):
         """Copies of the outputs, which the next call of a CUDA graph overwrites."""
@@ -571,7 +572,8 @@ def collect(agent, env, live: dict, batch: dict, args: Args) -> tuple:
         live |= {"obs": obs, "episode": episode * ~ended}
     following = [*batch["values"][1:], *in_pieces(agent.value, obs)]
     for s, ended in enumerate(batch["terminated"] | batch["truncated"]):
-        batch["next_values"][s] += following[s] * ~ended
+        final = batch["next_values"][s]
+        batch["next_values"][s] = torch.where(ended, final, following[s])
     return all_reduce(totals), [*clock, now(args.device)]
 
 
@@ -901,6 +903,8 @@ def check(args: Args) -> None:
     if args.compile == "auto":  # on a CPU it takes 10 s, then twice the speed or more
         updates = args.steps * args.epochs * batch / size
         args.compile = "on" if args.device == "cuda" or updates > 2**14 else "off"
+    if args.device == "cuda" and WORLD_SIZE > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         compiled(lambda x: (-x,), args)(torch.zeros(2, device=args.device))
     except Exception as e:
@@ -1017,8 +1021,6 @@ def main() -> None:
     """The run that the command line asks for."""
     args = parse_args()
     if WORLD_SIZE > 1:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     try:
         code = train(args)

@@ -36,13 +36,14 @@ too, evaluation not. --max-flops ends runs at equal cost. Other ways to use the 
 Differences. mu(z) is what z was sampled with; that it was kept because it is right
 is left out of the weight, which is capped at e^20 only. The paper states no clip and no
 KL: grpo.py's (e_low, e_high, beta) are here, and at one update on a batch no clip acts.
-A learning rate of 1e-6 and 128 prompts a step are the paper's, as far as it is known.
+A learning rate of 1e-6 and 128 prompts a step are the paper's, as far as it is known;
+so are 512 samples of a hard problem and 2,500 tries for a trace, of which the command
+below, with 7 million tokens at most to find the hard ones, is a small version.
 
     python algos/prefixrl.py
-    python algos/prefixrl.py --model Qwen/Qwen3-0.6B --data train.jsonl \\
-        --candidates 2000 --hard-k 512 --trace-cap 2500 --prompts-per-step 128 \\
-        --max-new-tokens 4096 --rollout-batch-size 64 --micro-batch-size 1 \\
-        --gradient-checkpointing
+    python algos/prefixrl.py --model Qwen/Qwen3-0.6B-Base --data train.jsonl \\
+        --candidates 200 --hard-k 32 --trace-cap 256 --max-new-tokens 1024 \\
+        --micro-batch-size 4 --gradient-checkpointing
 
 The first, with nothing to download, learns chains of nine moves, all of one skill, from
 a model that does a move right one time in four and a whole chain never. Its traces are

@@ -109,9 +109,8 @@ def draw(result: dict, path: Path) -> None:
     policies = next(iter(result["seeds"].values()))
     kinds = list(next(iter(policies.values())))
     for i, policy in enumerate(policies):
-        ends = [
-            report.interval(report.over_seeds(result, policy, x, name)) for x in kinds
-        ]
+        values = [report.over_seeds(result, policy, x, name) for x in kinds]
+        ends = [report.interval(x or [np.nan]) for x in values]
         heights, lows, highs = np.array(ends).T
         places = np.arange(len(kinds)) + 0.8 * i / len(policies)
         look = dict(color=str(0.2 + 0.3 * i), width=0.8 / len(policies), capsize=3)

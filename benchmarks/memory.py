@@ -6,8 +6,8 @@ What is measured is the script's own `update` (algos/vopd.py: `distill`, for eac
 estimator) on one micro-batch of completions of 512 tokens, V = 151,936. The model is a
 Qwen3 of two layers with a hidden size of 1,024 and random weights, whose gradients are
 there already, as in every step but the first: the head and the loss are nearly all of
-it. Naive: the same loss, the same statistics and the script's own loss functions on the
-logits of all tokens at once.
+it. Naive: the same loss by the script's own loss functions on the logits of all tokens
+at once; without the entropy, which the scripts log too.
 
 Each measurement has a process of its own. Memory is the peak less what was there before
 the call: of CUDA's allocator on a GPU, of the resident set on a CPU (Linux). The two
@@ -132,8 +132,6 @@ def naive(script, model, teacher, rollout, args) -> float:
             return loss.detach()
         log_softmax = logits.log_softmax(-1)
         del logits
-        with torch.no_grad():  # the scripts log the entropy
-            (log_softmax.exp() * log_softmax).sum(-1)
         logprobs = log_softmax.gather(-1, targets[..., None])[..., 0]
         del log_softmax
     G, rewards = args.group_size, rollout.rewards

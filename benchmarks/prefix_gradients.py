@@ -12,7 +12,7 @@ is taken. With g_k the gradient on batch k, all weights as one vector, K batches
     norm      mean |g_k|
     signal    |E g|, from the mean over i /= j of g_i.g_j (0 if that is below 0)
     std       sqrt(trace Cov(g)) = sqrt(E|g|^2 - |E g|^2)
-    snr       signal^2 / std^2 of one batch
+    snr       signal^2 / std^2 of one batch; none where no group is live
     cosine    of E g with the E g of plain batches at the same policy
 
 Kinds: plain (hard problems as they are), prefixes of 10-40, 40-80 and 80-95 % of the
@@ -68,7 +68,7 @@ def summary(g: torch.Tensor, live: np.ndarray, plain: torch.Tensor) -> dict:
     signal, noise = max(mean, 0.0), max(square - mean, 0.0)
     row = {"live": float(live.mean()), "norm": float(np.sqrt(np.diag(gram)).mean())}
     row |= {"signal": float(np.sqrt(signal)), "std": float(np.sqrt(noise))}
-    row["snr"] = float(signal / noise) if noise else 0.0
+    row["snr"] = float(signal / noise) if noise else None
     ends = g.mean(0).double(), plain.mean(0).double()
     norms = ends[0].norm() * ends[1].norm()
     row["cosine"] = float(ends[0] @ ends[1] / norms) if norms > 0 else None
@@ -101,7 +101,7 @@ def measure(prefixrl, seed: int, flags) -> dict:
             g, live = gradients(prefixrl, *parts)
             plain = g if plain is None else plain
             row = rows[kind] = summary(g, live, plain)
-            text = ", ".join(f"{x} {row[x]:.3f}" for x in ("live", "norm", "snr"))
+            text = ", ".join(f"{x} {row[x] or 0:.3f}" for x in ("live", "norm", "snr"))
             print(f"seed {seed}, step {after}, {kind}: {text}", flush=True)
     return policies
 

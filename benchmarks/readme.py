@@ -35,11 +35,15 @@ CELLS = {  # of the metric: its gain or its end; seeds, worst seed, wall time
         "the teacher (mean of {seeds} seeds), and {kl:.0%} of the reverse KL gone",
     ),
     "dmpo": ("eval/qr", "independent sets, quality ratio {gain}, {seeds} seeds"),
-    "prefixrl": ("eval/hard_pass@1", "unsolved chains, pass@1 {gain}, {seeds} seeds"),
+    "prefixrl": (
+        "eval/hard_pass@1",
+        "chains never solved before, pass@1 {gain} on those trained on, {other} on "
+        "those held out, {seeds} seeds",
+    ),
     "ppo_envs": (
         "eval/episode_return",
-        "CartPole-v1, mean return of 100 episodes at least {low:.0f} with each of "
-        "{seeds} seeds",
+        "CartPole-v1, mean return of 100 episodes {low:.0f} (of 500) or more with each "
+        "of {seeds} seeds",
     ),
 }
 NOT_YET = "not measured yet"
@@ -61,6 +65,10 @@ def cell(script: str, runs: list[dict]) -> str:
         return NOT_YET
     gain = report.spread([values[-1] - values[0] for values in own], "+")
     found = {"gain": gain, "seeds": len(own), "low": min(v[-1] for v in own)}
+    if script == "prefixrl":
+        held_out = [report.curve(x, "eval/pass@1")[1] for x in runs
+                    if x["arm"] == "default"]  # fmt: skip
+        found["other"] = report.spread([x[-1] - x[0] for x in held_out], "+")
     if script == "vopd":
         ends = [(x["evals"][0], x["evals"][-1]) for x in runs if x["arm"] == "default"]
         way = lambda a, b, name, to: (b[name] - a[name]) / (to - a[name])
@@ -173,8 +181,9 @@ def gradient_claims(name: str, found: dict) -> tuple[list[str], list[list[str]]]
         for policy in next(iter(found["seeds"].values())):
             judged = report.judge_gradients(found, policy, claim)
             text = f"{claim.text} ({claim.metric}: {claim.a} - {claim.b})"
-            gap = [report.number(judged[x], "+") for x in ("difference", "low", "high")]
-            gap = "{} [{}, {}]".format(*gap)
+            ends = [judged.get(x) for x in ("difference", "low", "high")]
+            ends = [report.number(x, "+") for x in ends if x is not None]
+            gap = "{} [{}, {}]".format(*ends) if ends else ""
             rows.append([text, policy, str(judged["seeds"]), gap, judged["verdict"]])
     return ["claim", "policy", "seeds", "difference [95 %]", "verdict"], rows
 
@@ -187,7 +196,7 @@ def gradient_table(found: dict, names: dict[str, str]) -> tuple[list, list]:
     rows = []
     for kind in next(iter(policies.values())):
         values = [report.over_seeds(found, policy, kind, x) for policy, x in pairs]
-        rows.append([kind, *map(report.spread, values)])
+        rows.append([kind, *(report.spread(x) if x else "none" for x in values)])
     return ["", *columns], rows
 
 
@@ -217,8 +226,8 @@ def prefix_gradients(found: dict) -> tuple:
         f"{flags['batches']} batches of 32 groups of 8 of each kind at each policy, "
     )
     intro += f"{seeds} seeds; IQM over seeds [95 %]. SNR: |E g|^2 over the variance of "
-    intro += "one batch's gradient; live groups: those with a reward that is not all "
-    intro += "equal. The norm and the std of the gradients are in the file."
+    intro += "one batch's gradient, none where no group is live; live groups: those "
+    intro += "whose rewards differ. The gradients' norm and std are in the file."
     return (
         intro,
         *gradient_table(found, names),

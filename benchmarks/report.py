@@ -94,6 +94,7 @@ MEANING = {  # of the metrics in the tables; eval/: of held-out problems
     "distinct_optimal": "different optimal answers among 16 to a problem",
     "grpo_coefficient": "mean |d loss / d log-prob of a completion| of GRPO's term",
     "dm_coefficient": "the same of lambda times the distribution matching term",
+    "flops": "of the whole run, the sampling of traces included",
     "hard_pass@k": "pass@k of the hard problems trained on, without a prefix",
     "episode_return": "mean over the evaluation episodes, most likely actions",
     "ddr": "transitions of a batch per nat of KL(behaviour || updated)",
@@ -103,7 +104,8 @@ MEANING = {  # of the metrics in the tables; eval/: of held-out problems
 NOTE = """Interval: 95 % percentile bootstrap of the interquartile mean (IQM) over
 seeds, 10,000 resamples. The strata of a stratified bootstrap are tasks: with one task
 there is one stratum, and it is the plain bootstrap. On normal data it holds the true
-value in 90 % of cases with 5 seeds and in 95 % with 10 (simulated). A - B: IQM of the
+value in 89 % of cases with 5 seeds and in 93 % with 10 (4,000 simulated samples), and
+nothing corrects for the number of claims. A - B: IQM of the
 differences seed by seed. P(A better): the probability that a run of A is better than a
 run of B (Mann-Whitney U / n^2). For a rank correlation A - B is the IQM of Spearman's
 rho over seeds, P the share of seeds where it is above 0. The verdicts are computed by
@@ -242,11 +244,14 @@ def over_seeds(found: dict, policy: str, kind: str, name: str) -> list[float]:
 def judge_gradients(found: dict, policy: str, claim) -> dict:
     """What a result of gradients.py says of a claim about its kinds of gradients: their
     difference at a policy, seed by seed."""
-    a, b = (np.array(over_seeds(found, policy, x, claim.metric))
-            for x in (claim.a, claim.b))  # fmt: skip
-    middle, low, high = interval(a - b)
-    said = {"seeds": len(a), "difference": middle, "low": low, "high": high}
-    word = verdict(low, high, claim.kind, claim.margin, len(a))
+    rows = [rows[policy] for rows in found["seeds"].values()]
+    pairs = [[row[x][claim.metric] for x in (claim.a, claim.b)] for row in rows]
+    gaps = [a - b for a, b in pairs if None not in (a, b)]
+    if not gaps:
+        return {"seeds": 0, "verdict": verdict(0, 0, claim.kind, claim.margin, 0)}
+    middle, low, high = interval(gaps)
+    said = {"seeds": len(gaps), "difference": middle, "low": low, "high": high}
+    word = verdict(low, high, claim.kind, claim.margin, len(gaps))
     return said | {"verdict": word}
 
 

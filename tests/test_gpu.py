@@ -74,7 +74,7 @@ def test_a_part_that_only_a_gpu_can_break(tmp_path):
         assert parts["rollout"][f"batch {batch}"]["tokens"] <= 8 * batch
     for name in "rollout", "rollout-ring":
         assert parts[name]["delta_logp"]["max"] < 1e-5
-    assert {*parts["exact"]} == {*STEPS, "ppo_envs"}
+    assert {*parts["exact"]} == {*STEPS, "ppo_envs", "next_values"}
     assert {*memory.CASES} < {*parts["memory"]}
     for name in STEPS:
         row = parts[f"step-{name}-0.6B"]

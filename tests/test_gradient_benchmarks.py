@@ -65,7 +65,7 @@ def test_snr_is_not_that_of_a_batch():
     row = module.summary(2.0 * noise, live, plain)
     assert row["snr"] < 0.005 and row["norm"] > 10
     row = module.summary(0 * noise, 0 * live, plain)
-    assert row["snr"] == row["signal"] == row["live"] == 0 and row["cosine"] is None
+    assert row["signal"] == row["live"] == 0 and row["snr"] is row["cosine"] is None
 
 
 @pytest.mark.parametrize(
@@ -85,5 +85,12 @@ def test_seeds_are_compared_unpaired(gap, seeds, said):
             for x, y in zip(np.linspace(0, 5, seeds), gap)]  # fmt: skip
     found = {"seeds": {str(i): {"step 50": row} for i, row in enumerate(rows)}}
     claim = load("claims").GRADIENT_CLAIMS["prefix_gradients"][0]
-    judged = load("report").judge_gradients(found, "step 50", claim)
+    judge = load("report").judge_gradients
+    judged = judge(found, "step 50", claim)
     assert judged["verdict"] == said and judged["seeds"] == seeds
+    # a seed without a gradient of one kind has no part, and shifts nobody's partner
+    extra = {"plain": {"snr": None}, "prefix 40-80 %": {"snr": 9.0}}
+    with_it = {"seeds": {"extra": {"step 50": extra}} | found["seeds"]}
+    assert judge(with_it, "step 50", claim) == judged
+    none = {"seeds": {"extra": {"step 50": extra}}}
+    assert judge(none, "step 50", claim)["verdict"] == "not measured"

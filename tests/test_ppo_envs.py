@@ -68,6 +68,33 @@ def test_dtype_of_an_environment_breaks_training(ppo, run, name):
     assert agent["theta"].isfinite().all() and agent["past"][0] > 0
 
 
+@pytest.mark.parametrize("name, limit", [("cartpole", 500), ("pendulum", 200)])
+def test_other_devices_have_other_targets(ppo, name, limit):
+    """A GPU asks for the value of every final observation, so as not to wait for the
+    rows where there is one; where the episode went on, the value of the next state was
+    added to that. What is collected on a device that is not called "cpu" is the same,
+    and each next value is V(final observation) at an end, else V(next observation)."""
+    batches = []
+    for device in "cpu", "cpu:0":
+        args = args_of(ppo, env=name, num_envs=48, seed=3, device=device)
+        torch.manual_seed(0)
+        env = ppo.make_env(dataclasses.replace(args, compile="off"), 48)
+        agent = ppo.Agent(env, args)
+        live, batch = {"obs": env.reset(), "episode": torch.zeros(2, 48)}, {}
+        env.state[-1].copy_(limit - 1 - torch.arange(48))  # some reach the time limit
+        torch.manual_seed(1)
+        ppo.collect(agent, env, live, batch, args)
+        batches.append(batch)
+    for one in batches:
+        one["next_values"] = one["next_values"] * ~one["terminated"]  # no part of GAE
+    for key, wanted in batches[0].items():
+        torch.testing.assert_close(batches[1][key], wanted, atol=1e-5, rtol=0)
+    assert 10 < batch["truncated"].sum() < 48
+    ended = (batch["terminated"] | batch["truncated"])[:-1]
+    values, next_values = batch["values"][1:], batch["next_values"][:-1]
+    torch.testing.assert_close(next_values[~ended], values[~ended])
+
+
 # ------------------------------------ Advantages --------------------------------------
 
 

@@ -127,6 +127,10 @@ def test_row_becomes_another_problem(load, tmp_path, monkeypatch):
             assert reward(problem, text) == 1.0
         for other in set(ENDS) - {end}:
             assert reward(problem, f"#### {other}") == 0.0
+    contents = [p.prompt[0]["content"] for p in problems]
+    problems, _, _ = load("gsm8k", GSM8K_SUFFIX="/no_think")
+    asked = [p.prompt[0]["content"] for p in problems]
+    assert asked == [f"{content} /no_think" for content in contents]
 
 
 GSM8K_REWARDS = [

@@ -1,8 +1,10 @@
 """GSM8K (arXiv 2110.14168): school arithmetic in words, the last number is the answer.
 
-    python algos/grpo.py --model Qwen/Qwen3-0.6B --max-new-tokens 512 \\
-        --task benchmarks/tasks/gsm8k.py
+    GSM8K_SUFFIX=/no_think python algos/grpo.py --model Qwen/Qwen3-0.6B \\
+        --max-new-tokens 512 --task benchmarks/tasks/gsm8k.py
 
+    GSM8K_SUFFIX  put behind each question; Qwen3's chat models think first, for more
+                than 512 tokens, unless it is /no_think
     GSM8K_PATH  the data set: a hub name (default: openai/gsm8k, 7,473 problems to train
                 on, 1,319 held out) or a local folder in the hub's format, for a machine
                 without network: hf download openai/gsm8k --repo-type dataset
@@ -45,7 +47,9 @@ def to_problem(row: dict) -> dict:
     if not worked or number is None:
         raise ValueError(f"no '#### number' in the answer {row['answer']!r}")
     solution = re.sub("<<[^>]*>>", "", worked) + f"The answer is {number}"
-    prompt = [{"role": "user", "content": f"{row['question']}\n\n{INSTRUCTION}"}]
+    suffix = os.environ.get("GSM8K_SUFFIX", "")
+    content = f"{row['question']}\n\n{INSTRUCTION} {suffix}".strip()
+    prompt = [{"role": "user", "content": content}]
     return {"prompt": prompt, "answer": str(number), "solution": solution}
 
 
