@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from conftest import ROOT, load_script, script_path
+from conftest import ROOT, load_script, script_path, small_gpt2, small_qwen3
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu
@@ -154,29 +153,13 @@ def test_stand_in_for_tyro_reads_other_flags(tmp_path, monkeypatch):
 # ----------------------------------- ring_decode.py -----------------------------------
 
 
-def small_model(kind: str):
-    """A model of two layers, random weights, whose samples differ from each other."""
-    shape = dict(vocab_size=40, max_position_embeddings=64)
-    torch.manual_seed(0)
-    if kind == "gpt2":
-        shape = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, **shape)
-    else:
-        shape |= dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-        shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-        shape = transformers.Qwen3Config(**shape)
-    model = transformers.AutoModelForCausalLM.from_config(shape).eval()
-    for weight in model.parameters():
-        weight.data *= 3
-    return model
-
-
 @pytest.mark.parametrize("slots", [1, 3, 8, 24, 100])
-@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
-def test_a_slot_still_sees_who_had_it_before(kind, slots):
+@pytest.mark.parametrize("make", [small_qwen3, small_gpt2])
+def test_a_slot_still_sees_who_had_it_before(make, slots):
     """Slots that are filled anew, a ring that begins again, prompts of several lengths
     that end at other times, a completion of one token and one that is cut off: tokens
     and log-probs are those of grpo.py's decode, which has neither slots nor a ring."""
-    grpo, model = load_script("grpo"), small_model(kind)
+    grpo, model = load_script("grpo"), make(40)
     noise = torch.rand(24, 9, dtype=torch.float64, generator=torch.manual_seed(1))
     rows = [[5, 6, 7, 8, 9], [7], [9, 9], [8, 3, 2, 8], [3, 3, 3], [2, 4, 6, 8]]
     prompts = grpo.pad(rows, 0, "left")
@@ -196,7 +179,7 @@ def test_a_slot_still_sees_who_had_it_before(kind, slots):
 
 def test_a_window_is_not_seen_in_a_ring():
     """Where attention reaches only so far back, a column's place says nothing."""
-    model = small_model("qwen3")
+    model = small_qwen3(40)
     model.config.sliding_window = 4
     batch = torch.ones(1, 2).long(), torch.ones(1, 2).long(), torch.rand(1, 3)
     with pytest.raises(ValueError, match="sliding window"):
