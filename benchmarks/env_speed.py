@@ -50,6 +50,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from code_hash import code_hash
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -430,6 +431,8 @@ def main() -> None:
     result |= {"threads": torch.get_num_threads(), "cores used": usable}
     result |= {"load before": os.getloadavg()[0], "python": platform.python_version()}
     result |= {package: version(package) for package in PACKAGES}
+    source = (ROOT / "algos" / "ppo_envs.py").read_text()
+    result |= {"code": code_hash([source])}
     result |= {"rollout_length": LENGTH, "epochs": EPOCHS, "minibatch": MINIBATCH}
     result |= {"flags": vars(flags) | {"out": ""}, "ours": {}}
     result["in turns"] = in_turns(flags.beside, flags.rounds)

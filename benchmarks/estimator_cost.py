@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from code_hash import code_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = 4_096, 32_768, 151_936
@@ -150,6 +151,7 @@ def main() -> None:
     gpu = torch.cuda.get_device_name() if flags.device == "cuda" else "no GPU"
     result = {"hardware": f"{os.cpu_count()} CPU cores, {gpu}"}
     result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    result |= {"code": code_hash([Path(vopd.__file__).read_text()])}
     result |= {"tokens": flags.tokens, "hidden": flags.hidden, "vocabularies": {}}
     for v in flags.sizes:
         seconds = child([v, ""], flags)

@@ -47,6 +47,13 @@ CELLS = {  # of the metric: its gain or its end; seeds, worst seed, wall time
     ),
 }
 NOT_YET = "not measured yet"
+OF_SCRIPT = {  # whose code a benchmark measures
+    "vs_trl": "grpo",
+    "estimator_cost": "vopd",
+    "gradient_variance": "vopd",
+    "prefix_gradients": "prefixrl",
+    "env_speed": "ppo_envs",
+}
 KINDS = "cell|results|picture|numbers"
 MARKED = re.compile(rf"(<!-- ({KINDS}):(\w+) -->)(.*?)(<!-- end -->)", re.S)
 
@@ -99,6 +106,8 @@ def results(script: str, runs: list[dict]) -> str:
     command = f"python benchmarks/claims.py {script} --seeds 5{ALSO.get(script, '')}"
     intro = f"`{command}`: {report.made_of(runs)}. [All arms and claims, definitions]"
     intro += f"({where}.md), [every run]({where}.json)."
+    old = sum(run["code"] != claims.code_now(script, run["arm"]) for run in runs)
+    intro += f" {old} of {len(runs)} runs are of older code." * bool(old)
     own = [run for run in runs if run["arm"] == "default"]
     arms = report.arm_table(own, claims.METRICS[script].split())
     judged = [(c, report.judge(runs, c)) for c in claims.CLAIMS[script]]
@@ -304,7 +313,7 @@ def env_speed(found: dict) -> tuple[str, list, list, list, list]:
 
 def numbers(name: str, found: dict) -> str:
     """The table of another benchmark, with its command."""
-    if not found:
+    if not found or ("gradient" in name and "seeds" not in found):
         return f"\n{NOT_YET}\n"
     intro, *tables = {
         "vs_trl": vs_trl,
@@ -317,6 +326,9 @@ def numbers(name: str, found: dict) -> str:
     where = (claims.RESULTS / name).relative_to(claims.ROOT).as_posix()
     intro = f"[`python benchmarks/{name}.py`](benchmarks/{name}.py), {intro} "
     intro += f"{found.get('hardware', 'No GPU')}; [all numbers]({where}.json)."
+    script = OF_SCRIPT.get(name)
+    if script and found.get("code") != claims.code_now(script, "default"):
+        intro += f" Measured with older code of {script}.py."
     shown = map(report.table, tables[::2], tables[1::2])
     return "\n".join(["", intro, "", *(f"{table}\n" for table in shown), ""])
 

@@ -39,6 +39,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from code_hash import code_hash
+
 ROOT = Path(__file__).resolve().parent.parent
 GRPO = ROOT / "algos" / "grpo.py"
 RESULT = ROOT / "benchmarks" / "results" / "vs_trl.json"
@@ -380,6 +382,7 @@ def main() -> None:
     settings |= {"dtype": "float32", "loss": "token (dapo)"}
     result = {
         "hardware": f"{os.cpu_count()} CPU cores, no GPU",
+        "code": code_hash([GRPO.read_text()]),
         "python": sys.version.split()[0],
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "settings": settings,

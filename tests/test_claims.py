@@ -53,14 +53,14 @@ def test_interval_is_of_something_else():
 
 @pytest.mark.parametrize(("n", "least", "most"), [(5, 0.85, 0.95), (10, 0.91, 0.98)])
 def test_interval_covers_less_than_the_footnote_says(n, least, most):
-    """Of paired differences with a known centre, 90 % (5 seeds) and 95 % (10 seeds) of
+    """Of paired differences with a known centre, 89 % (5 seeds) and 93 % (10 seeds) of
     the intervals hold it: those numbers stand under every table."""
     rng, hits = np.random.default_rng(7), 0
     for _ in range(400):
         _, low, high = report.interval(rng.normal(0.3, 1.0, n))
         hits += low <= 0.3 <= high
     assert least <= hits / 400 <= most
-    assert "90 % of cases with 5 seeds and in 95 % with 10" in " ".join(
+    assert "89 % of cases with 5 seeds and in 93 % with 10" in " ".join(
         report.NOTE.split()
     )
 
