@@ -24,7 +24,7 @@ PICTURES = {  # suffix: (x, arms, metrics); x = k draws metric@k of the last eva
     "vopd": {
         "": ("step", "default sampled full", "eval/reverse_kl"),
         "-pass": ("step", "default sampled full", "eval/pass@1"),
-        "-biased": ("step", "default vopd-topk topk clip", "eval/reverse_kl"),
+        "-biased": ("step", "default vopd-topk topk clip full", "eval/reverse_kl"),
     },
     "dmpo": {
         "": ("k", "default grpo strong dm-only forward-kl", "eval/qr"),

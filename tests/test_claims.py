@@ -685,6 +685,8 @@ def papers(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "ROOT", tmp_path)
     monkeypatch.setattr(claims, "RESULTS", tmp_path / "results")
     claims.RESULTS.mkdir()
+    (tmp_path / "algos").mkdir()
+    (tmp_path / "algos" / "grpo.py").write_text("steps = 1\n")
     names = {"e__pass@1": [0.1, 0.3], "e__pass@8": [0.4, 0.5]}
     runs = [
         record("default", s, **{k: [x + s / 100 for x in v] for k, v in names.items()})
@@ -747,6 +749,23 @@ def test_edit_by_hand_is_not_seen(papers, what, capsys):
     (papers / path).write_text(text.replace(old, new))
     assert readme.main(["--check"]) == 1
     assert "error: " in capsys.readouterr().err
+
+
+def test_results_of_older_code_pass_for_todays(papers):
+    """A script is edited and its numbers stay: README says so, of runs and of the other
+    benchmarks, until they are measured anew; a comment makes nothing old."""
+    runs, other = (papers / "results" / x for x in ("grpo.json", "vs_trl.json"))
+    said = "1 of 5 runs are of older code.", "Measured with older code of grpo.py."
+    now, found = claims.code_now("grpo", "default"), json.loads(other.read_text())
+    records = [x | {"code": now} for x in json.loads(runs.read_text())]
+    for code, expected in ((now, False), ("another", True)):
+        claims.write([*records[:4], records[4] | {"code": code}], runs)
+        other.write_text(json.dumps(found | {"code": code}))
+        readme.main([])
+        text = (papers / "README.md").read_text()
+        assert [x in text for x in said] == [expected, expected]
+    (papers / "algos" / "grpo.py").write_text("steps = 1  # batches\n")
+    assert claims.code_now("grpo", "default") == now
 
 
 def test_explanation_is_printed_beside_a_replicated_claim(papers, monkeypatch):
