@@ -1,6 +1,6 @@
 """Gradients of algos/prefixrl.py with and without prefixes, at the same policies.
 
-    python benchmarks/prefix_gradients.py [--seeds 1 2 3 4 5] [--batches 64]
+    python benchmarks/prefix_gradients.py [--seeds 1 2 3 4 5] [--batches 32]
 
 Policies: of each seed the tiny base model (step 0), and what a default run of the
 script has made of it after some steps. At each of them, for every kind of batch below,
@@ -107,4 +107,4 @@ def measure(prefixrl, seed: int, flags) -> dict:
 
 
 if __name__ == "__main__":
-    measure_seeds(measure, "prefixrl", __doc__, after=[0, 50, 200], batches=64)
+    measure_seeds(measure, "prefixrl", __doc__, after=[0, 50, 200], batches=32)
