@@ -42,8 +42,8 @@ CELLS = {  # of the metric: its gain or its end; seeds, worst seed, wall time
     ),
     "ppo_envs": (
         "eval/episode_return",
-        "CartPole-v1, mean return of 100 episodes {low:.0f} (of 500) or more with each "
-        "of {seeds} seeds",
+        "CartPole-v1, the worst of {seeds} seeds ends at a mean return of {low:.0f} of "
+        "500 over 100 episodes",
     ),
 }
 NOT_YET = "not measured yet"
