@@ -121,5 +121,5 @@ def draw(result: dict, path: Path) -> None:
     axes.set(xlabel="kind of gradient", ylabel=said)
     title = f"IQM of {len(result['seeds'])} seeds, 95 % interval"
     axes.set_title(title, fontsize=10)
-    axes.legend()
+    axes.figure.legend(loc="outside upper center", ncols=3)
     axes.figure.savefig(path, dpi=120)
