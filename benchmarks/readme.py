@@ -20,6 +20,7 @@ import json
 import re
 import statistics
 import sys
+from collections import Counter
 
 import claims
 import report
@@ -103,7 +104,9 @@ def results(script: str, runs: list[dict]) -> str:
     if not runs:
         return f"\n{NOT_YET}\n"
     where = (claims.RESULTS / script).relative_to(claims.ROOT).as_posix()
-    command = f"python benchmarks/claims.py {script} --seeds 5{ALSO.get(script, '')}"
+    seeds = min(Counter(run["arm"] for run in runs).values())
+    command = f"python benchmarks/claims.py {script} --seeds {seeds}"
+    command += ALSO.get(script, "")
     intro = f"`{command}`: {report.made_of(runs)}. [All arms and claims, definitions]"
     intro += f"({where}.md), [every run]({where}.json)."
     old = sum(run["code"] != claims.code_now(script, run["arm"]) for run in runs)
