@@ -344,9 +344,9 @@ SKILL = (
     "the place of 96 (arms few and sft-rl-few), where neither is clearly ahead."
 )
 FEW = (
-    "Both arms spread widely over seeds. SFT, then RL has 30 steps of imitation here, as "
-    "with 96 traces. In an earlier version of the arm it had 4 (as many epochs), learned "
-    "next to nothing, and the claim passed for replicated."
+    "Both arms spread widely over seeds. SFT, then RL has 30 steps of imitation here, "
+    "as with 96 traces. In an earlier version of the arm it had 4 (as many epochs), "
+    "learned next to nothing, and the claim passed for replicated."
 )
 SHORT = (
     "At 3.7 million transitions 4,096 and 16,384 environments have made 28 and 7 outer "
