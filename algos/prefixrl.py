@@ -79,19 +79,22 @@ from typing import Literal, NamedTuple, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 import tyro
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.masking_utils import sdpa_mask
 
 # names whose text may differ from that in the other scripts
 OWN = ("CURVE", "TASKS", "check", "evaluate")
 CURVE = "eval/(hard_)?pass@.*"  # metrics that curve.png shows
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+# cuDNN's attention has gradients of NaN at some lengths (pytorch issue 196678)
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @dataclasses.dataclass
@@ -314,7 +317,7 @@ def tiny_model(problems: list[Problem], seed: int, steps=450, width=128) -> str:
     solved = [p for p in problems if isinstance(p.prompt, str) and p.solution]
     if not solved:
         fail("the tiny model needs worked answers to start from: give a --model")
-    parts = warm_start, token_logprobs, last_hidden, pad
+    parts = warm_start, token_logprobs, Logprobs, last_hidden, pad
     defined = [[inspect.getsource(part) for part in parts], solved, seed, steps, width]
     defined += [torch.__version__, transformers.__version__]
     defined = json.dumps(defined, default=repr)
@@ -491,6 +494,62 @@ def completion_mask(completions: torch.Tensor, eos_token_id) -> tuple:
     return (is_eos.cumsum(-1) - is_eos.long() == 0).float(), ~is_eos.any(-1)
 
 
+class Columns(transformers.cache_utils.DynamicLayer):
+    """Keys and values (B, H, L, D) of a layer, in one place: new ones are written where
+    `end` (1,) points, and the first `width` columns are read."""
+
+    is_compileable = True  # the mask is made without a look at its values
+
+    def __init__(self, prompts, end: torch.Tensor, dtype: torch.dtype | None):
+        super().__init__()
+        self.keys, self.values = (x.to(dtype) for x in (prompts.keys, prompts.values))
+        self.width, self.end, self.is_initialized = 0, end, True
+
+    def grow(self, columns: int) -> None:
+        both = self.keys, self.values
+        self.keys, self.values = (F.pad(x, (0, 0, 0, columns)) for x in both)
+
+    def update(self, key, value, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+        for part, new in (self.keys, key), (self.values, value):
+            part.index_copy_(2, self.end, new.to(part.dtype))
+        return self.keys[:, :, : self.width], self.values[:, :, : self.width]
+
+    def get_seq_length(self) -> torch.Tensor:
+        return self.end
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.width, 0
+
+
+def attend(module, query, key, value, attention_mask, scaling, **_) -> tuple:
+    """sdpa of one query token, (B, H, 1, D), that reads each key (B, H / g, L, D) once:
+    before 5.23 transformers copies it for all the g heads that share it."""
+    groups = query.view(*key.shape[:2], -1, query.shape[-1])
+    kwargs = dict(attn_mask=attention_mask, scale=scaling)
+    output = F.scaled_dot_product_attention(groups, key, value, **kwargs)
+    return output.reshape(len(query), 1, -1, value.shape[-1]), None
+
+
+transformers.AttentionInterface.register("attend", attend)
+transformers.AttentionMaskInterface.register("attend", sdpa_mask)
+
+
+def recordable(model) -> bool:
+    """Can the forward pass be a CUDA graph? Not on a CPU, nor where values decide what
+    is done next: some mixtures of experts, some scalings of positions."""
+    ropes = str([getattr(module, "rope_type", "") for module in model.modules()])
+    blind = "dynamic" not in ropes and "longrope" not in ropes
+    return model.device.type == "cuda" and blind and model._can_compile_fullgraph
+
+
+def record(step: Callable) -> Callable:
+    """step as one CUDA graph; it is not carried out yet."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
 @torch.no_grad()
 def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> tuple:
     """Completions (B, C) from the plain softmax at a temperature, and log-probs (B, C).
@@ -498,42 +557,79 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
     prompts (N, P), left-padded, are read once and shared by their B / N completions.
     noise (B, C) in [0, 1) is all the randomness there is: the inverse CDF turns it into
     tokens, so a completion does not depend on its neighbours. No warper of the
-    checkpoint's generation_config takes part. eos_token_id: as in completion_mask; what
-    stands behind the first one means nothing. Finished rows are dropped.
+    checkpoint's generation_config takes part. eos_token_id (E,): as in completion_mask;
+    what stands behind the first one means nothing. Finished rows are dropped.
+
+    A step reads and writes tensors that stay where they are, so that a GPU can replay
+    it as one CUDA graph: its many small kernels would wait for Python each. New shapes
+    (rows dropped, columns added) need a new graph, recorded after one step without.
     """
-    exact = torch.float32 if prompts.device.type == "mps" else torch.float64
-    completions = torch.zeros(noise.shape, dtype=torch.int64, device=prompts.device)
-    logprobs = torch.zeros(noise.shape, device=prompts.device)
-    inputs, positions = prompts, (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    rows = torch.arange(len(noise), device=prompts.device)  # still being decoded
-    cache = transformers.DynamicCache()
-    for t in range(noise.shape[1]):
-        kwargs = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
-        kwargs |= dict(attention_mask=attention_mask, position_ids=positions)
-        logits = model(input_ids=inputs, **kwargs).logits[:, -1].float() / temperature
-        if t == 0:
-            group_size = len(noise) // len(prompts)
-            cache.batch_repeat_interleave(group_size)
-            logits, attention_mask, positions = (
-                x.repeat_interleave(group_size, 0)
-                for x in (logits, attention_mask, positions[:, -1:])
-            )
-        log_softmax = logits.log_softmax(-1)
+    (B, C), (N, P), device = noise.shape, prompts.shape, prompts.device
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    completions = torch.zeros((B, C), dtype=torch.int64, device=device)
+    logprobs = torch.zeros((B, C), device=device)
+    rows = torch.arange(B, device=device)  # still being decoded
+    running = torch.ones_like(rows, dtype=torch.bool)
+    end = torch.full((1,), P, device=device)  # where the cache ends
+    token, cache = rows[:, None].clone(), transformers.DynamicCache()
+    kwargs = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+    def draw(logits) -> None:
+        t = end - P
+        log_softmax = (logits.float() / temperature).log_softmax(-1)
         cdf = log_softmax.to(exact).exp().cumsum(-1)
         point = noise[rows, t, None].to(exact) * cdf[:, -1:]
-        token = torch.searchsorted(cdf, point, right=True).clamp(max=cdf.shape[-1] - 1)
+        drawn = torch.searchsorted(cdf, point, right=True).clamp(max=cdf.shape[-1] - 1)
+        token.copy_(drawn)
         completions[rows, t] = token[:, 0]
         logprobs[rows, t] = log_softmax.gather(-1, token)[:, 0]
-        running = ~torch.isin(completions[rows, : t + 1], eos_token_id).any(-1)
-        if not running.any():
-            break
-        if running.float().mean() < 0.8:  # enough are finished for the copy to pay
-            rows, token, attention_mask, positions = (
-                x[running] for x in (rows, token, attention_mask, positions)
-            )
-            cache.batch_select_indices(running.nonzero()[:, 0])
-        inputs, positions = token, positions + 1
-        attention_mask = torch.cat([attention_mask, torch.ones_like(token)], -1)
+        running.logical_and_((token != eos_token_id).all(-1))
+
+    def step() -> None:
+        positions.add_(1)
+        seen = dict(attention_mask=mask[:, : cache.layers[0].width])
+        logits = model(token, position_ids=positions, **seen, **kwargs).logits
+        end.add_(1)
+        draw(logits[:, -1])
+
+    inputs = dict(attention_mask=attention_mask, position_ids=positions)
+    logits = model(prompts, **inputs, **kwargs).logits[:, -1]
+    mask = F.pad(attention_mask, (0, C), value=1)
+    logits, mask, positions = (
+        x.repeat_interleave(B // N, 0) for x in (logits, mask, positions[:, -1:])
+    )
+    draw(logits)
+    bf16 = torch.is_autocast_enabled(device.type)  # to which attention would round
+    dtype = torch.get_autocast_dtype(device.type) if bf16 else None
+    cache.layers = [Columns(layer, end, dtype) for layer in cache.layers]
+    cache.batch_repeat_interleave(B // N)
+    graphs, own, capacity = recordable(model), model.config._attn_implementation, P
+    model.set_attn_implementation("attend" if own == "sdpa" else own)
+    replay = None  # step, recorded
+    try:
+        for t in range(1, C):
+            share = running.float().mean().item()
+            if share == 0:
+                break
+            if share < (0.5 if graphs else 0.8):  # enough are finished for this to pay
+                replay = None
+                cache.batch_select_indices(running.nonzero()[:, 0])
+                rows, token, positions, mask, running = (
+                    x[running] for x in (rows, token, positions, mask, running)
+                )
+            if P + t > capacity:
+                replay, more = None, min(256, C - t)
+                for layer in cache.layers:
+                    layer.grow(more)
+                capacity += more
+            for layer in cache.layers:
+                layer.width = capacity if graphs else P + t
+            (replay or step)()
+            if graphs and not replay:
+                replay = record(step)
+    finally:
+        model.set_attn_implementation(own)
     return completions, logprobs
 
 
@@ -598,25 +694,57 @@ def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
     return hidden[scored[:, :width]], scored
 
 
+class Logprobs(torch.autograd.Function):
+    """Log-probs (n,), with gradient, of targets (n,), and entropies (n,), from hidden
+    states (n, D) and an output head: weight (V, D), bias (V,) or None. The logits of
+    `chunk` tokens exist at once; the backward pass makes them again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature, chunk):
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        found = []
+        for h, y in zip(hidden.split(chunk), targets.split(chunk)):
+            logits = F.linear(h, weight, bias)
+            log_p = logits.float().div_(temperature).log_softmax(-1)
+            entropies = log_p.exp().mul_(log_p).sum(-1).neg_()
+            found.append((log_p.gather(-1, y[:, None])[:, 0], entropies))
+        ctx.constants = temperature, chunk, logits.dtype  # bf16 under autocast
+        logprobs, entropies = (torch.cat(x) for x in zip(*found))
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, bias, targets = ctx.saved_tensors
+        temperature, chunk, dtype = ctx.constants
+        low, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        parts = (x.split(chunk) for x in (hidden, targets, grad, grad_hidden))
+        for h, y, g, out in zip(*parts):
+            h, y, g = h.to(dtype), y[:, None], g[:, None]
+            p = F.linear(h, low, b).float().div_(temperature).softmax(-1)
+            d = p.mul_(-g).scatter_add_(-1, y, g).div_(temperature).to(dtype)
+            out += d @ low
+            if ctx.needs_input_grad[1]:
+                grad_weight += d.T @ h
+            if grad_bias is not None:
+                grad_bias += d.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
 def token_logprobs(
     model, tokens, attention_mask, completion_length: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs (B, C), with gradient, and entropies (B, C) of the last C columns of
     tokens (B, T), in nats; 0 where attention_mask (B, T) is. Logits of at most 2^26 / V
-    tokens exist at once: the backward pass makes them again, chunk by chunk."""
+    tokens exist at once."""
     head = model.get_output_embeddings()
-
-    def chunk_logprobs(hidden, targets):
-        log_softmax = (head(hidden).float() / temperature).log_softmax(-1)
-        entropy = -(log_softmax.detach().exp() * log_softmax.detach()).sum(-1)
-        return log_softmax.gather(-1, targets[:, None])[:, 0], entropy
-
     hidden, scored = last_hidden(model, tokens, attention_mask, completion_length)
     targets, n = tokens[:, -completion_length:][scored], 2**26 // head.weight.shape[0]
-    pairs = zip(hidden.split(n + 1), targets.split(n + 1))
-    parts = [checkpoint(chunk_logprobs, *pair, use_reentrant=False) for pair in pairs]
+    batch = hidden, head.weight, head.bias, targets, temperature, n + 1
     zeros = torch.zeros(scored.shape, device=tokens.device)
-    return tuple(zeros.masked_scatter(scored, torch.cat(x)) for x in zip(*parts))
+    return tuple(zeros.masked_scatter(scored, x) for x in Logprobs.apply(*batch))
 
 
 # ------------------------------------- Traces -----------------------------------------
@@ -943,7 +1071,7 @@ def put_traces(model, tokenizer, rollout, batch, prompts, traces, args) -> tuple
     new = trace_rollout([prompts[i] for i, _ in batch for _ in range(n)], rows, args)
     new = dataclasses.replace(new, texts=texts, truncated=truncated)
     most = new.completion_mask.shape[1]
-    kept = torch.nn.functional.pad(rollout.logprobs, (0, max(0, most - width)))
+    kept = F.pad(rollout.logprobs, (0, max(0, most - width)))
     new.logprobs = kept[:, :most] * new.completion_mask
     for rows in torch.tensor(places, device=args.device).split(args.micro_batch_size):
         with torch.no_grad(), autocast(args):
@@ -1070,12 +1198,17 @@ def optimizer_step(model, optimizer, max_grad_norm: float) -> tuple[float, float
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+    if not math.isfinite(norm):
+        fail(
+            f"the gradient's norm is {norm}, no step is made: lower --learning-rate "
+            "or try --dtype float32; --resume goes on from the last checkpoint"
+        )
     before = torch.cat([p.detach().flatten()[:4096] for p in parameters])
     optimizer.step()
     optimizer.zero_grad()
     after = torch.cat([p.detach().flatten()[:4096] for p in parameters])
-    return norm.item(), ((after - before).norm() / before.norm()).item()
+    return norm, ((after - before).norm() / before.norm()).item()
 
 
 # ----------------------------------- Evaluation ---------------------------------------
