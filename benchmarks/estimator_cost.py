@@ -18,31 +18,20 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import memory
 import torch
 import transformers
 from code_hash import code_hash
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = memory.ROOT
 SIZES = 4_096, 32_768, 151_936
-
-
-def load_vopd():
-    """algos/vopd.py as a module."""
-    spec = importlib.util.spec_from_file_location("vopd", ROOT / "algos" / "vopd.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["vopd"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def setting(vopd, v: int, tokens: int, hidden: int, device: str):
@@ -54,7 +43,8 @@ def setting(vopd, v: int, tokens: int, hidden: int, device: str):
         vocab_size=v, tie_word_embeddings=True, initializer_range=0.1, **shape
     )
     torch.manual_seed(0)
-    models = [transformers.Qwen3ForCausalLM(config).to(device) for _ in "st"]
+    with torch.device(device):
+        models = [transformers.Qwen3ForCausalLM(config) for _ in "st"]
     models[1].requires_grad_(False)
     for p in models[0].parameters():
         p.grad = torch.zeros_like(p)
@@ -102,13 +92,24 @@ def peak(vopd, v: int, estimator: str, flags) -> dict[str, int]:
     return {"before": before, "peak": most}
 
 
-def child(job: list, flags) -> dict:
-    """times or peak, in a process of its own."""
-    command = [sys.executable, __file__, "--child", json.dumps(job)]
-    for name in ("tokens", "hidden", "repeats", "device"):
-        command += [f"--{name}", str(getattr(flags, name))]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(out.splitlines()[-1])
+def measure(v: int, flags) -> dict[str, dict]:
+    """Every estimator's time and memory at vocabulary v."""
+    vopd = memory.load_script("vopd")
+    seconds, rows = memory.in_process(times, vopd, v, flags), {}
+    spaces = {x: memory.in_process(peak, vopd, v, x, flags) for x in vopd.ESTIMATORS}
+    extra = {name: x["peak"] - x["before"] for name, x in spaces.items()}
+    for name in sorted(vopd.ESTIMATORS, key="sampled".__ne__):
+        ratios = [a / b for a, b in zip(seconds[name], seconds["sampled"])]
+        rows[name] = {
+            "seconds": statistics.median(seconds[name]),
+            "time_ratio": statistics.median(ratios),
+            "time_ratio_range": [min(ratios), max(ratios)],
+            "memory": extra[name],
+            "memory_ratio": extra[name] / extra["sampled"],
+            "all_seconds": seconds[name],
+            "bytes": spaces[name],
+        }
+    return rows
 
 
 def table(result: dict) -> str:
@@ -132,50 +133,29 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
+    gpu = memory.in_process(torch.cuda.is_available)  # here CUDA must not begin
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=found)
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results"))
-    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    vopd = load_vopd()
-    if flags.child:
-        v, estimator = json.loads(flags.child)
-        out = peak(vopd, v, estimator, flags) if estimator else times(vopd, v, flags)
-        print(json.dumps(out))
-        return
-    gpu = torch.cuda.get_device_name() if flags.device == "cuda" else "no GPU"
-    result = {"hardware": f"{os.cpu_count()} CPU cores, {gpu}"}
+    gpu = "no GPU"
+    if flags.device == "cuda":
+        gpu = memory.in_process(torch.cuda.get_device_name)
+    code = code_hash([(ROOT / "algos/vopd.py").read_text()])
+    result = {"hardware": f"{os.cpu_count()} CPU cores, {gpu}", "code": code}
     result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    result |= {"code": code_hash([Path(vopd.__file__).read_text()])}
     result |= {"tokens": flags.tokens, "hidden": flags.hidden, "vocabularies": {}}
     for v in flags.sizes:
-        seconds = child([v, ""], flags)
-        rows = result["vocabularies"][v] = {}
-        memory = {name: child([v, name], flags) for name in vopd.ESTIMATORS}
-        extra = {name: x["peak"] - x["before"] for name, x in memory.items()}
-        for name in sorted(vopd.ESTIMATORS, key="sampled".__ne__):
-            ratios = [a / b for a, b in zip(seconds[name], seconds["sampled"])]
-            rows[name] = {
-                "seconds": statistics.median(seconds[name]),
-                "time_ratio": statistics.median(ratios),
-                "time_ratio_range": [min(ratios), max(ratios)],
-                "memory": extra[name],
-                "memory_ratio": extra[name] / extra["sampled"],
-                "all_seconds": seconds[name],
-                "bytes": memory[name],
-            }
-        text = table(result)
-        print(text, flush=True)
-    Path(flags.out).mkdir(parents=True, exist_ok=True)
-    Path(flags.out, "estimator_cost.json").write_text(
-        json.dumps(result, indent=1) + "\n"
-    )
-    Path(flags.out, "estimator_cost.md").write_text(text)
+        result["vocabularies"][v] = measure(v, flags)
+        print(text := table(result), flush=True)
+    folder = Path(flags.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "estimator_cost.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "estimator_cost.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ try:
     import torch
     import tqdm  # noqa: F401  the scripts need it
     import transformers
+    from code_hash import code_hash
     from gpu_parts import PARTS, SMOKE, Sizes
 except ImportError as e:
     sys.exit(f"error: {e}: pip install -r requirements.txt")
@@ -98,6 +99,8 @@ def main() -> int:
     result = {"hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {gpu}"}
     result |= {"torch": torch.__version__, "transformers": transformers.__version__}
     result |= {"python": platform.python_version(), "smoke": flags.smoke}
+    scripts = sorted(memory.ROOT.glob("algos/*.py"))
+    result["code"] = {x.stem: code_hash([x.read_text()]) for x in scripts}
     result |= {"sizes": dataclasses.asdict(sizes), "parts": {}}
     name = flags.name or ("smoke" if flags.smoke else gpu.split()[-1].lower())
     for part in flags.parts:

@@ -9,9 +9,9 @@ there already, as in every step but the first: the head and the loss are nearly 
 it. Naive: the same loss by the script's own loss functions on the logits of all tokens
 at once; without the entropy, which the scripts log too.
 
-Each measurement has a process of its own. Memory is the peak less what was there before
-the call: of CUDA's allocator on a GPU, of the resident set on a CPU (Linux). The two
-ways must agree on loss and gradient, or the script ends.
+Memory is the peak less what was there before the call: of CUDA's allocator on a GPU; of
+the resident set on a CPU (Linux), where each measurement has a process of its own. The
+two ways must agree on loss and gradient, or the script ends.
 Writes benchmarks/results/memory-<name>.json, case by case.
 """
 
@@ -200,8 +200,9 @@ def measure(case: str, way: Callable, flags: argparse.Namespace) -> dict:
 
 def compare(flags: argparse.Namespace, report: Callable) -> None:
     """report(case, result) of each case."""
+    alone = (lambda f, *x: f(*x)) if flags.device == "cuda" else in_process
     for case in flags.cases:
-        pair = [in_process(measure, case, way, flags) for way in (ours, naive)]
+        pair = [alone(measure, case, way, flags) for way in (ours, naive)]
         for name in "loss", "gradient_norm":
             a, b = (x[name] for x in pair)
             tolerance = 0.02 if flags.device == "cuda" else 1e-3  # bf16 products

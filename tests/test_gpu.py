@@ -14,16 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, load_script, script_path, small_gpt2, small_qwen3
+from conftest import ROOT, load_script, script_path
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu
 import memory
-import ring_decode
 
 STEPS = "grpo", "dmpo", "prefixrl", "vopd"
-QUICK = "rollout", "rollout-ring", "generate", "generate-static", "exact", "memory"
-QUICK += "cartpole", "countdown", "env_speed"
+QUICK = "rollout", "generate", "exact", "memory", "cartpole", "countdown", "env_speed"
 
 
 def run(out: Path, *flags, **env) -> tuple[subprocess.CompletedProcess, dict]:
@@ -71,9 +69,9 @@ def test_a_part_that_only_a_gpu_can_break(tmp_path):
     assert len(set(speeds)) == len(speeds) > 40
     for batch in 4, 8:
         assert parts["rollout"][f"batch {batch}"]["tokens"] <= 8 * batch
-    for name in "rollout", "rollout-ring":
-        assert parts[name]["delta_logp"]["max"] < 1e-5
-    assert {*parts["exact"]} == {*STEPS, "ppo_envs", "next_values"}
+    assert parts["rollout"]["delta_logp"]["max"] < 1e-5
+    assert parts["rollout"]["batch 8, other lengths"]["tokens"] <= 8 * 8
+    assert {*parts["exact"]} == {*STEPS, "ppo_envs", "next_values", "decode"}
     assert {*memory.CASES} < {*parts["memory"]}
     for name in STEPS:
         row = parts[f"step-{name}-0.6B"]
@@ -148,42 +146,6 @@ def test_stand_in_for_tyro_reads_other_flags(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", [name, *words])
         wanted = dataclasses.asdict(load_script(name).read_flags())
         assert json.loads(line) == wanted
-
-
-# ----------------------------------- ring_decode.py -----------------------------------
-
-
-@pytest.mark.parametrize("slots", [1, 3, 8, 24, 100])
-@pytest.mark.parametrize("make", [small_qwen3, small_gpt2])
-def test_a_slot_still_sees_who_had_it_before(make, slots):
-    """Slots that are filled anew, a ring that begins again, prompts of several lengths
-    that end at other times, a completion of one token and one that is cut off: tokens
-    and log-probs are those of grpo.py's decode, which has neither slots nor a ring."""
-    grpo, model = load_script("grpo"), make(40)
-    noise = torch.rand(24, 9, dtype=torch.float64, generator=torch.manual_seed(1))
-    rows = [[5, 6, 7, 8, 9], [7], [9, 9], [8, 3, 2, 8], [3, 3, 3], [2, 4, 6, 8]]
-    prompts = grpo.pad(rows, 0, "left")
-    seen = grpo.pad([[1] * len(row) for row in rows], 0, "left")
-    stops = torch.tensor([0, 11, 12, 13, 14, 15])  # 0: of the padding, too
-    batch = model, prompts, seen, noise, 0.7, stops
-    wanted, logprobs = grpo.decode(*batch)
-    mask, cut = grpo.completion_mask(wanted, stops)
-    lengths = set(mask.sum(-1).tolist())
-    assert {1.0, 9.0} < lengths and len(lengths) > 4 and cut.any()
-    found, again = ring_decode.decode(*batch, slots=slots)
-    assert torch.equal(grpo.completion_mask(found, stops)[0], mask)
-    assert torch.equal(found * mask, wanted * mask)
-    torch.testing.assert_close(again * mask, logprobs * mask, atol=2e-5, rtol=0)
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_a_window_is_not_seen_in_a_ring():
-    """Where attention reaches only so far back, a column's place says nothing."""
-    model = small_qwen3(40)
-    model.config.sliding_window = 4
-    batch = torch.ones(1, 2).long(), torch.ones(1, 2).long(), torch.rand(1, 3)
-    with pytest.raises(ValueError, match="sliding window"):
-        ring_decode.decode(model, *batch, 1.0, torch.tensor([0]))
 
 
 # ------------------------------------- memory.py --------------------------------------
