@@ -10,13 +10,14 @@ Rewritten is what stands in README.md between <!-- KIND:SCRIPT --> and <!-- end 
     picture   benchmarks/results/<script>.png
     numbers   the table of another benchmark, from its JSON file: vs_trl,
               estimator_cost, gradient_variance, prefix_gradients, combination_lock,
-              env_speed
+              env_speed; gpu: of the first gpu-<name>.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -314,8 +315,79 @@ def env_speed(found: dict) -> tuple[str, list, list, list, list]:
     return intro, [*columns, "everything"], own, peers, rows
 
 
+def gpu(found: dict) -> tuple:
+    """Speed and memory on a GPU, part by part; what went wrong in place of a number."""
+    parts, sizes = found["parts"], found["sizes"]
+    part = lambda name: parts.get(name, {"found": {}, "error": NOT_YET})
+    sampled = []
+    for name, who in (
+        ("rollout", "`generate` of the scripts"),
+        ("generate", "transformers' `generate`"),
+        ("continuous-batching", "transformers' continuous batching"),
+    ):
+        speeds = {k: x for k, x in part(name)["found"].items() if k[:5] == "batch"}
+        for key, row in speeds.items():
+            peak = f"{row['peak_gb']:.1f}" if "peak_gb" in row else ""
+            sampled.append([who, key[6:], f"{row['tokens_per_second']:,.0f}", peak])
+        if part(name)["error"]:
+            sampled.append([who, "", part(name)["error"], ""])
+    steps = []
+    for name in parts:
+        if name[:5] == "step-":
+            _, script, model = name.split("-", 2)
+            row = parts[name]["found"]
+            cells = [row.get(f"seconds_{x}", math.nan) for x in ("rollout", "update")]
+            cells = [f"Qwen3-{model}", f"`{script}.py`", *(f"{x:.1f}" for x in cells)]
+            cells.append(f"{row.get('peak_gb', math.nan):.1f}")
+            steps.append([*cells, parts[name]["error"] or "yes"])
+    losses = [
+        [f"`{name}`", *(f"{row[f'{x}_ratio']:.2f}" for x in ("memory", "time"))]
+        for name, row in part("memory")["found"].items()
+        if name != "about"
+    ]
+    checks = {
+        "exact": "losses, gradients and completions in fp32 are the CPU's",
+        "cartpole": "`ppo_envs.py` solves CartPole-v1",
+        "countdown": "`grpo.py` learns Countdown, each step faster than on the CPU",
+    }
+    checks = [[text, part(x)["error"] or "yes"] for x, text in checks.items()]
+    steps_of = f"{sizes['prompts']} x 8 completions of {sizes['step_tokens']} tokens"
+    gap = part("rollout")["found"].get(
+        "delta_logp", {"mean": math.nan, "max": math.nan}
+    )
+    intro = (
+        f"random weights in Qwen3's shapes, {sizes['new_tokens']} new tokens, where "
+    )
+    intro += (
+        f"nothing else is said; a step: {steps_of} in micro-batches of 16; loss and "
+    )
+    intro += (
+        f"backward pass: {sizes['scored']:,} tokens, V = {sizes['vocab']:,}, against "
+    )
+    intro += "the same from whole logits. Sampled log-probs (bf16) are "
+    intro += "{mean:.4f} from scored ones in the mean, {max:.4f} at most. ".format(
+        **gap
+    )
+    intro += f"torch {found['torch']}, transformers {found['transformers']}."
+    return (
+        intro,
+        ["Qwen3-0.6B, sampled by", "sequences", "tokens/s", "peak, GB"],
+        sampled,
+        ["model", "a step of", "rollout, s", "update, s", "peak, GB", "it went well"],
+        steps,
+        ["loss and backward pass", "memory / whole logits", "time / whole logits"],
+        losses,
+        ["check", "passed"],
+        checks,
+    )
+
+
 def numbers(name: str, found: dict) -> str:
     """The table of another benchmark, with its command."""
+    file = name
+    if name == "gpu":
+        file = next((x.stem for x in sorted(claims.RESULTS.glob("gpu-*.json"))), name)
+        found = read(file)
     if not found or ("gradient" in name and "seeds" not in found):
         return f"\n{NOT_YET}\n"
     intro, *tables = {
@@ -325,13 +397,15 @@ def numbers(name: str, found: dict) -> str:
         "prefix_gradients": prefix_gradients,
         "combination_lock": combination_lock,
         "env_speed": env_speed,
+        "gpu": gpu,
     }[name](found)
-    where = (claims.RESULTS / name).relative_to(claims.ROOT).as_posix()
+    where = (claims.RESULTS / file).relative_to(claims.ROOT).as_posix()
     intro = f"[`python benchmarks/{name}.py`](benchmarks/{name}.py), {intro} "
     intro += f"{found.get('hardware', 'No GPU')}; [all numbers]({where}.json)."
-    script = OF_SCRIPT.get(name)
-    if script and found.get("code") != claims.code_now(script, "default"):
-        intro += f" Measured with older code of {script}.py."
+    own = OF_SCRIPT.get(name)
+    code = {own: found.get("code")} if own else found.get("code", {})
+    old = [f"{x}.py" for x in code if code[x] != claims.code_now(x, "default")]
+    intro += f" Measured with older code of {', '.join(old)}." if old else ""
     shown = map(report.table, tables[::2], tables[1::2])
     return "\n".join(["", intro, "", *(f"{table}\n" for table in shown), ""])
 
