@@ -86,7 +86,6 @@ from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers.masking_utils import sdpa_mask
 
 # names whose text may differ from that in the other scripts
 OWN = ("CURVE", "TASKS", "check", "evaluate")
@@ -530,8 +529,18 @@ def attend(module, query, key, value, attention_mask, scaling, **_) -> tuple:
     return output.reshape(len(query), 1, -1, value.shape[-1]), None
 
 
-transformers.AttentionInterface.register("attend", attend)
-transformers.AttentionMaskInterface.register("attend", sdpa_mask)
+@contextlib.contextmanager
+def one_by_one(model) -> Iterator[None]:
+    """The model's attention is `attend`, if it was sdpa."""
+    own, masks = model.config._attn_implementation, transformers.AttentionMaskInterface
+    if own == "sdpa":
+        transformers.AttentionInterface.register("attend", attend)
+        masks.register("attend", masks()["sdpa"])
+        model.set_attn_implementation("attend")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
 
 
 def recordable(model) -> bool:
@@ -604,10 +613,8 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
     dtype = torch.get_autocast_dtype(device.type) if bf16 else None
     cache.layers = [Columns(layer, end, dtype) for layer in cache.layers]
     cache.batch_repeat_interleave(B // N)
-    graphs, own, capacity = recordable(model), model.config._attn_implementation, P
-    model.set_attn_implementation("attend" if own == "sdpa" else own)
-    replay = None  # step, recorded
-    try:
+    graphs, capacity, replay = recordable(model), P, None  # replay: of a recorded step
+    with one_by_one(model):
         for t in range(1, C):
             share = running.float().mean().item()
             if share == 0:
@@ -628,8 +635,6 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
             (replay or step)()
             if graphs and not replay:
                 replay = record(step)
-    finally:
-        model.set_attn_implementation(own)
     return completions, logprobs
 
 
