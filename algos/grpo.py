@@ -688,15 +688,16 @@ class Logprobs(torch.autograd.Function):
         hidden, weight, bias, targets = ctx.saved_tensors
         temperature, chunk, dtype = ctx.constants
         low, b = weight.to(dtype), None if bias is None else bias.to(dtype)
-        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
+        needed, grad_hidden = ctx.needs_input_grad, torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight) if needed[1] else None
+        grad_bias = torch.zeros_like(bias) if needed[2] else None
         parts = (x.split(chunk) for x in (hidden, targets, grad, grad_hidden))
         for h, y, g, out in zip(*parts):
             h, y, g = h.to(dtype), y[:, None], g[:, None]
             p = F.linear(h, low, b).float().div_(temperature).softmax(-1)
             d = p.mul_(-g).scatter_add_(-1, y, g).div_(temperature).to(dtype)
             out += d @ low
-            if ctx.needs_input_grad[1]:
+            if grad_weight is not None:
                 grad_weight += d.T @ h
             if grad_bias is not None:
                 grad_bias += d.sum(0)
