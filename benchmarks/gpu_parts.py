@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import subprocess
@@ -24,6 +25,7 @@ import estimator_cost
 import memory
 import torch
 import transformers
+from gpu_presets import PRESETS
 from tokenizers import Tokenizer, decoders, models
 from transformers import Qwen3ForCausalLM
 
@@ -208,18 +210,20 @@ def library(sizes: Sizes, report: Callable, continuous: bool) -> None:
     assert row["tokens"] > 0, "no tokens came back"
 
 
-def one_step(sizes: Sizes, report: Callable, name: str, shape: str) -> None:
+def one_step(sizes: Sizes, report: Callable, name: str, shape: str, **changes) -> None:
     """Seconds of each phase and peak memory of one step, after a short one."""
     script = memory.load_script(name)
     flags = dict(prompts_per_step=sizes.prompts, max_new_tokens=sizes.step_tokens)
-    args, other = flags_of(script, sizes, **flags), None
+    args, other = flags_of(script, sizes, **flags | changes), None
     torch.manual_seed(0)
     model, tokenizer = load(lambda: script.load_model("", args), shape, sizes)
     if name == "vopd":
         other, _ = load(lambda: script.load_teacher([], args), shape, sizes)
         other.to(sizes.device)
+    script.add_lora(model, args)
     how = dict(lr=1e-6, weight_decay=0.0, fused=True)
-    optimizer = torch.optim.AdamW(model.parameters(), **how)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, **how)
     short = dataclasses.replace(args, prompts_per_step=2, max_new_tokens=4)
     for now in short, args:
         if sizes.device == "cuda":
@@ -245,6 +249,22 @@ def one_step(sizes: Sizes, report: Callable, name: str, shape: str) -> None:
     found["parameters"] = sum(p.numel() for p in model.parameters())
     report(**found, tokens=int(batch.completion_mask.sum()), stats=stats)
     assert stats["grad_norm"] > 0 and stats["relative_update"] > 0, "nothing moved"
+
+
+def preset(sizes: Sizes, report: Callable, name: str) -> None:
+    """A step of grpo.py with the flags for a GPU of that memory: one full rollout."""
+    shape, text = PRESETS[name]
+    words, changes = text.split(), {"max_new_tokens": sizes.new_tokens}
+    for word, value in zip(words, [*words[1:], "--"]):
+        if word[:2] == "--":
+            key = word[2:].replace("-", "_")
+            changes[key] = True if value[:2] == "--" else int(value)
+    report(model=shape, flags=text)
+    n = changes["rollout_batch_size"] // 8
+    one_step(sizes, report, "grpo", shape, prompts_per_step=n, **changes)
+    most = int(name.removesuffix("gb"))
+    peak = memory.memory(sizes.device, peak=True) / 2**30
+    assert peak < most - 1, f"{peak:.1f} GB, and a CUDA context takes half of one"
 
 
 def estimators(sizes: Sizes, report: Callable) -> None:
@@ -401,6 +421,7 @@ def steps(shape: str) -> dict:
 PARTS = {"exact": (exact, 40), "rollout": (rollout, 90)}  # and seconds at most
 PARTS["generate"] = lambda *x: library(*x, continuous=False), 90
 PARTS |= {**steps("0.6B"), "memory": (peaks, 60), **steps("1.7B")}
+PARTS |= {f"flags-{x}": (functools.partial(preset, name=x), 45) for x in PRESETS}
 PARTS |= {"cartpole": (cartpole, 80), "countdown": (countdown, 150)}
 PARTS["continuous-batching"] = lambda *x: library(*x, continuous=True), 60
 PARTS |= {"env_speed": (environments, 100), "estimator_cost": (estimators, 90)}

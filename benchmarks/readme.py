@@ -25,6 +25,7 @@ from collections import Counter
 
 import claims
 import report
+from gpu_presets import PRESETS
 
 ALSO = {
     "ppo_envs": " && python benchmarks/claims.py ppo_envs --arms default --seeds 10"
@@ -340,6 +341,12 @@ def gpu(found: dict) -> tuple:
             cells = [f"Qwen3-{model}", f"`{script}.py`", *(f"{x:.1f}" for x in cells)]
             cells.append(f"{row.get('peak_gb', math.nan):.1f}")
             steps.append([*cells, parts[name]["error"] or "yes"])
+    cards = []
+    for name, (model, flags) in PRESETS.items():
+        row = part(f"flags-{name}")
+        peak = f"{row['found'].get('peak_gb', math.nan):.1f}"
+        cells = [name.replace("gb", " GB"), f"Qwen3-{model}", f"`{flags}`"]
+        cards.append([*cells, row["error"] or peak])
     losses = [
         [f"`{name}`", *(f"{row[f'{x}_ratio']:.2f}" for x in ("memory", "time"))]
         for name, row in part("memory")["found"].items()
@@ -375,6 +382,8 @@ def gpu(found: dict) -> tuple:
         sampled,
         ["model", "a step of", "rollout, s", "update, s", "peak, GB", "it went well"],
         steps,
+        ["a GPU of", "model", "flags, with `--max-new-tokens 512`", "peak, GB"],
+        cards,
         ["loss and backward pass", "memory / whole logits", "time / whole logits"],
         losses,
         ["check", "passed"],

@@ -842,3 +842,26 @@ def test_table_turns_a_ratio_round_or_takes_the_wrong_ours():
     ratios = "2.00 (2.00 to 5.00) | 4.00 (4.00 to 4.00) |\n"
     assert f"| Peer | 64 | 1,000 | 500 | {ratios}" in text
     assert text.count("\n\n| ") == 2 and "ours, 64" not in text
+
+
+def test_failed_part_of_a_gpu_reads_as_measured():
+    """What was late or wrong on a GPU, and what was never tried, stands as such in the
+    place of a number; so does code that was edited since."""
+    row = {"ok": True, "error": None, "found": {}}
+    wrong = row | {"ok": False, "error": "AssertionError: nothing moved"}
+    step = {"seconds_rollout": 1.0, "seconds_update": 2.0, "peak_gb": 9.0}
+    speed = {"batch 64": {"tokens_per_second": 1234.5, "peak_gb": 20.0}}
+    parts = {"rollout": row | {"found": speed}, "exact": wrong}
+    parts |= {"step-grpo-0.6B": row | {"found": step}}
+    parts |= {"step-vopd-1.7B": wrong | {"found": step}}
+    parts["flags-8gb"] = row | {"found": {"peak_gb": 6.25}}
+    sizes = dict(new_tokens=8, prompts=2, step_tokens=4, scored=16, vocab=100)
+    found = {"parts": parts, "sizes": sizes, "torch": "2", "transformers": "5"}
+    text = "\n".join(map(report.table, *(readme.gpu(found)[i::2] for i in (1, 2))))
+    assert "| 64 | 1,234 | 20.0 |" in text
+    assert "| Qwen3-0.6B | `grpo.py` | 1.0 | 2.0 | 9.0 | yes |" in text
+    assert "| `vopd.py` | 1.0 | 2.0 | 9.0 | AssertionError: nothing moved |" in text
+    assert "micro-batch-size 4 --rollout-batch-size 32` | 6.2 |" in text
+    assert "rollout-batch-size 64` | not measured yet |" in text
+    assert "are the CPU's | AssertionError: nothing moved |" in text
+    assert "solves CartPole-v1 | not measured yet |" in text
