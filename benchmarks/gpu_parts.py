@@ -399,10 +399,9 @@ def countdown(sizes: Sizes, report: Callable) -> None:
         spent = [sum(v for k, v in x.items() if k[:8] == "seconds_") for x in lines[1:]]
         row = {"steps": many, "seconds_per_step": sorted(spent)[len(spent) // 2]}
         if device == sizes.device:
-            row |= {
-                "before": lines[0]["eval/pass@1"],
-                "after": lines[-1]["eval/pass@1"],
-            }
+            row["before"], row["after"] = (
+                line["eval/pass@1"] for line in (lines[0], lines[-1])
+            )
         found.append(row)
         report(**{name: row})
     here, cpu = found
