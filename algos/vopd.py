@@ -582,7 +582,7 @@ def attend(module, query, key, value, attention_mask, scaling, **_) -> tuple:
 def one_by_one(model) -> Iterator[None]:
     """The model's attention is `attend`, if it was sdpa."""
     own, masks = model.config._attn_implementation, transformers.AttentionMaskInterface
-    if own == "sdpa":
+    if own == "sdpa" and model._can_set_attn_implementation():
         transformers.AttentionInterface.register("attend", attend)
         masks.register("attend", masks()["sdpa"])
         model.set_attn_implementation("attend")
@@ -594,9 +594,10 @@ def one_by_one(model) -> Iterator[None]:
 
 def recordable(model) -> bool:
     """Can the forward pass be a CUDA graph? Not on a CPU, nor where values decide what
-    is done next: some mixtures of experts, some scalings of positions."""
+    is done next: most mixtures of experts, some scalings of positions."""
     ropes = str([getattr(module, "rope_type", "") for module in model.modules()])
     blind = "dynamic" not in ropes and "longrope" not in ropes
+    blind &= getattr(model.config, "_experts_implementation", "") != "grouped_mm"
     return model.device.type == "cuda" and blind and model._can_compile_fullgraph
 
 
@@ -682,7 +683,7 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
             for layer in cache.layers:
                 layer.width = capacity if graphs else P + t
             (replay or step)()
-            if graphs and not replay:
+            if graphs and not replay and t + 1 < C:
                 replay = record(step)
     return completions, logprobs
 
@@ -940,8 +941,8 @@ def optimizer_step(model, optimizer, max_grad_norm: float) -> tuple[float, float
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     if not math.isfinite(norm):
         fail(
-            f"the gradient's norm is {norm}, no step is made: lower --learning-rate "
-            "or try --dtype float32; --resume goes on from the last checkpoint"
+            f"the gradient's norm is {norm}, no step is made: start anew (--model: the "
+            "run's checkpoint/) with a lower --learning-rate or --dtype float32"
         )
     before = torch.cat([p.detach().flatten()[:4096] for p in parameters])
     optimizer.step()

@@ -371,7 +371,11 @@ def gpu(found: dict) -> tuple:
     intro += (
         f"backward pass: {sizes['scored']:,} tokens, V = {sizes['vocab']:,}, against "
     )
-    intro += "the same from whole logits. Sampled log-probs (bf16) are "
+    intro += "the same from whole logits. Other lengths: one token in 128 ends. The "
+    intro += (
+        "scripts keep fp32 weights and multiply in bf16; transformers' own had bf16 "
+    )
+    intro += "weights. GB: 2^30 bytes. Sampled log-probs (bf16) are "
     intro += "{mean:.4f} from scored ones in the mean, {max:.4f} at most. ".format(
         **gap
     )
