@@ -21,7 +21,10 @@ and the hash of the program's syntax tree, which comments, docstrings and layout
 change. One that stands in benchmarks/results/<script>.json under the same identity is
 not run again either, on whichever day or machine it was made. Those of another
 identity are dropped when results are written, unless --keep-old is given: then they
-count as if they were of today, and the page lists every hash it is made of.
+count as if they were of today, and the page lists every hash it is made of. Whether
+newer code learns the same is seen beside them:
+
+    python benchmarks/claims.py grpo --arms default --out again --work again/runs
 
 Statistics. Per arm the interquartile mean over seeds (IQM) with its 95 % bootstrap
 interval. Arms share seeds, thus base model and problems, so two arms are compared by
@@ -544,7 +547,7 @@ def valid(record: dict, jobs: list[dict], keep_old: bool) -> bool:
 
 def measure(script: str, args: argparse.Namespace) -> int:
     """Run what is missing, write results after each run; how many runs failed."""
-    out, jobs = RESULTS, []
+    out, jobs = args.out, []
     arms = {k: v for k, v in ARMS[script].items() if programs(script, k)[0].exists()}
     for arm, text in arms.items():
         job = {"script": script, "arm": arm, "flags": text.split()}
@@ -630,6 +633,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="2 seeds, a tenth of it")
     parser.add_argument("--keep-old", action="store_true", help="old code counts too")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "claims")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
     args = parser.parse_args(argv)
     scripts = list(ARMS) if args.script == "all" else [args.script]
     for name in [x for x in args.arms.split(",") if x]:

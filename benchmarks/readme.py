@@ -10,7 +10,7 @@ Rewritten is what stands in README.md between <!-- KIND:SCRIPT --> and <!-- end 
     picture   benchmarks/results/<script>.png
     numbers   the table of another benchmark, from its JSON file: vs_trl,
               estimator_cost, gradient_variance, prefix_gradients, combination_lock,
-              env_speed; gpu: of the first gpu-<name>.json
+              env_speed; gpu: of the first gpu-<name>.json; again: of the folder again/
 """
 
 from __future__ import annotations
@@ -50,6 +50,16 @@ CELLS = {  # of the metric: its gain or its end; seeds, worst seed, wall time
     ),
 }
 NOT_YET = "not measured yet"
+PACKAGES = "torch", "transformers"
+ABOUT_GPU = (
+    "random weights in Qwen3's shapes, {new_tokens} new tokens, where nothing else is "
+    "said; a step: {prompts} x 8 completions of {step_tokens} tokens in micro-batches "
+    "of 16; loss and backward pass: {scored:,} tokens, V = {vocab:,}, against the same "
+    "from whole logits. Other lengths: one token in 128 ends. The scripts keep weights "
+    "in fp32 and multiply in bf16; transformers' own had them in bf16. GB: 2^30 bytes. "
+    "Sampled log-probs (bf16) are {mean:.4f} from scored ones in the mean, {max:.4f} "
+    "at most. torch {torch}, transformers {transformers}."
+)
 OF_SCRIPT = {  # whose code a benchmark measures
     "vs_trl": "grpo",
     "estimator_cost": "vopd",
@@ -358,28 +368,9 @@ def gpu(found: dict) -> tuple:
         "countdown": "`grpo.py` learns Countdown, each step faster than on the CPU",
     }
     checks = [[text, part(x)["error"] or "yes"] for x, text in checks.items()]
-    steps_of = f"{sizes['prompts']} x 8 completions of {sizes['step_tokens']} tokens"
-    gap = part("rollout")["found"].get(
-        "delta_logp", {"mean": math.nan, "max": math.nan}
-    )
-    intro = (
-        f"random weights in Qwen3's shapes, {sizes['new_tokens']} new tokens, where "
-    )
-    intro += (
-        f"nothing else is said; a step: {steps_of} in micro-batches of 16; loss and "
-    )
-    intro += (
-        f"backward pass: {sizes['scored']:,} tokens, V = {sizes['vocab']:,}, against "
-    )
-    intro += "the same from whole logits. Other lengths: one token in 128 ends. The "
-    intro += (
-        "scripts keep fp32 weights and multiply in bf16; transformers' own had bf16 "
-    )
-    intro += "weights. GB: 2^30 bytes. Sampled log-probs (bf16) are "
-    intro += "{mean:.4f} from scored ones in the mean, {max:.4f} at most. ".format(
-        **gap
-    )
-    intro += f"torch {found['torch']}, transformers {found['transformers']}."
+    gap = part("rollout")["found"].get("delta_logp", {})
+    gap = {name: gap.get(name, math.nan) for name in ("mean", "max")}
+    intro = ABOUT_GPU.format(**sizes, **gap, **{x: found[x] for x in PACKAGES})
     return (
         intro,
         ["Qwen3-0.6B, sampled by", "sequences", "tokens/s", "peak, GB"],
@@ -395,8 +386,26 @@ def gpu(found: dict) -> tuple:
     )
 
 
+def again() -> str:
+    """The default arms once more, with newer code, beside the published ones."""
+    rows = []
+    for script in claims.ARMS:
+        newer, metric = read(f"again/{script}"), CELLS[script][0]
+        published = [run for run in read(script) if run["arm"] == "default"]
+        cells = []
+        for runs in (published, newer) if newer else ():
+            values = [report.curve(run, metric)[1] for run in runs]
+            cells.append(report.spread([x[-1] - x[0] for x in values], "+"))
+        name = f"`{script}.py`", metric.removeprefix("eval/"), str(len(newer))
+        rows += [[*name, *cells]] if newer else []
+    columns = ["default arm of", "gain of", "seeds", "published", "with newer code"]
+    return f"\n{report.table(columns, rows) if rows else NOT_YET}\n\n"
+
+
 def numbers(name: str, found: dict) -> str:
     """The table of another benchmark, with its command."""
+    if name == "again":
+        return again()
     file = name
     if name == "gpu":
         file = next((x.stem for x in sorted(claims.RESULTS.glob("gpu-*.json"))), name)
