@@ -397,8 +397,13 @@ def test_changed_code_keeps_its_old_numbers(lab):
     lab.run("--seeds", "1", "--keep-old")
     assert lab.calls() == 2
     assert lab.runs() == old
+    beside = lab.root / "again"
+    lab.run("--seeds", "1", "--arms", "default", "--out", str(beside))
+    assert lab.calls() == 3 and lab.runs() == old
+    (again,) = json.loads((beside / "fake.json").read_text())
+    assert again["evals"][-1]["eval/x"] == pytest.approx(1.4)
     lab.run("--seeds", "1", "--arms", "default")
-    assert lab.calls() == 3
+    assert lab.calls() == 3  # it stands in the work folder
     (new,) = lab.runs()  # the other arm's old run is gone too
     assert new["code"] != old[0]["code"]
     assert new["evals"][-1]["eval/x"] == pytest.approx(1.4)
