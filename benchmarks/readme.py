@@ -28,7 +28,8 @@ import report
 from gpu_presets import PRESETS
 
 ALSO = {
-    "ppo_envs": " && python benchmarks/claims.py ppo_envs --arms default --seeds 10"
+    "ppo_envs": " && python benchmarks/claims.py ppo_envs --seeds 10 "
+    "--arms default,size-256,sqrt-256"
 }
 CELLS = {  # of the metric: its gain or its end; seeds, worst seed, wall time
     "grpo": ("eval/pass@1", "Countdown, held-out pass@1 {gain}, {seeds} seeds"),
