@@ -671,15 +671,15 @@ class Logprobs(torch.autograd.Function):
     `chunk` tokens exist at once; the backward pass makes them again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature, chunk):
+    def forward(ctx, hidden, weight, bias, targets, chunk):
         ctx.save_for_backward(hidden, weight, bias, targets)
         found = []
         for h, y in zip(hidden.split(chunk), targets.split(chunk)):
             logits = F.linear(h, weight, bias)
-            log_p = logits.float().div_(temperature).log_softmax(-1)
+            log_p = logits.log_softmax(-1, dtype=torch.float32)
             entropies = log_p.exp().mul_(log_p).sum(-1).neg_()
             found.append((log_p.gather(-1, y[:, None])[:, 0], entropies))
-        ctx.constants = temperature, chunk, logits.dtype  # bf16 under autocast
+        ctx.constants = chunk, logits.dtype  # bf16 under autocast
         logprobs, entropies = (torch.cat(x) for x in zip(*found))
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -687,34 +687,37 @@ class Logprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, bias, targets = ctx.saved_tensors
-        temperature, chunk, dtype = ctx.constants
+        (chunk, dtype), needed = ctx.constants, ctx.needs_input_grad
         low, b = weight.to(dtype), None if bias is None else bias.to(dtype)
-        needed, grad_hidden = ctx.needs_input_grad, torch.zeros_like(hidden)
+        grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight) if needed[1] else None
         grad_bias = torch.zeros_like(bias) if needed[2] else None
         parts = (x.split(chunk) for x in (hidden, targets, grad, grad_hidden))
         for h, y, g, out in zip(*parts):
             h, y, g = h.to(dtype), y[:, None], g[:, None]
-            p = F.linear(h, low, b).float().div_(temperature).softmax(-1)
-            d = p.mul_(-g).scatter_add_(-1, y, g).div_(temperature).to(dtype)
+            d = F.linear(h, low, b)  # the logits, and then the gradient in their place
+            p = d.softmax(-1, dtype=torch.float32)
+            torch.mul(p, -g, out=d)
+            d.scatter_(-1, y, (g - g * p.gather(-1, y)).to(dtype))
             out += d @ low
             if grad_weight is not None:
                 grad_weight += d.T @ h
             if grad_bias is not None:
                 grad_bias += d.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def token_logprobs(
     model, tokens, attention_mask, completion_length: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs (B, C), with gradient, and entropies (B, C) of the last C columns of
-    tokens (B, T), in nats; 0 where attention_mask (B, T) is. Logits of at most 2^26 / V
+    tokens (B, T), in nats; 0 where attention_mask (B, T) is. Logits of at most 2^27 / V
     tokens exist at once."""
     head = model.get_output_embeddings()
     hidden, scored = last_hidden(model, tokens, attention_mask, completion_length)
-    targets, n = tokens[:, -completion_length:][scored], 2**26 // head.weight.shape[0]
-    batch = hidden, head.weight, head.bias, targets, temperature, n + 1
+    targets, n = tokens[:, -completion_length:][scored], 2**27 // head.weight.shape[0]
+    bias = None if head.bias is None else head.bias / temperature
+    batch = hidden / temperature, head.weight, bias, targets, n + 1  # the logits over T
     zeros = torch.zeros(scored.shape, device=tokens.device)
     return tuple(zeros.masked_scatter(scored, x) for x in Logprobs.apply(*batch))
 

@@ -1,6 +1,6 @@
 """Peak memory and seconds of loss + backward: each script against whole logits.
 
-    python benchmarks/memory.py [--tokens 8192] [--name h200]
+    python benchmarks/memory.py --tokens 4096 [--name h200]
 
 What is measured is the script's own `update` (algos/vopd.py: `distill`, for each
 estimator) on one micro-batch of completions of 512 tokens, V = 151,936. The model is a
@@ -36,6 +36,7 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 import transformers
+from code_hash import code_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 ESTIMATORS = "vopd", "vopd-topk", "sampled", "full", "topk", "clip"
@@ -230,7 +231,10 @@ def main() -> None:
     result = {"hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {gpu}"}
     result |= {"torch": torch.__version__, "transformers": transformers.__version__}
     result |= {"threads": torch.get_num_threads(), "tokens": flags.tokens}
-    result |= {"vocab": flags.vocab, "hidden": flags.hidden, "cases": {}}
+    result |= {"vocab": flags.vocab, "hidden": flags.hidden, "repeats": flags.repeats}
+    scripts = [ROOT / "algos" / f"{name}.py" for name in (*CASES[:3], "vopd")]
+    result["code"] = {x.stem: code_hash([x.read_text()]) for x in scripts}
+    result["cases"] = {}
 
     def report(case: str, row: dict) -> None:
         result["cases"][case] = row

@@ -10,7 +10,8 @@ Rewritten is what stands in README.md between <!-- KIND:SCRIPT --> and <!-- end 
     picture   benchmarks/results/<script>.png
     numbers   the table of another benchmark, from its JSON file: vs_trl,
               estimator_cost, gradient_variance, prefix_gradients, combination_lock,
-              env_speed; gpu: of the first gpu-<name>.json; again: of the folder again/
+              env_speed; memory: of memory-cpu.json; gpu: of the first gpu-<name>.json;
+              again: of the folder again/
 """
 
 from __future__ import annotations
@@ -387,6 +388,24 @@ def gpu(found: dict) -> tuple:
     )
 
 
+def memory(found: dict) -> tuple[str, list[str], list[list[str]]]:
+    """Loss and backward pass of each script beside whole logits, on a CPU."""
+    rows = []
+    for case, row in found["cases"].items():
+        peaks = [row[way]["bytes"] / 2**30 for way in ("ours", "naive")]
+        times = [row[way]["seconds"] for way in ("ours", "naive")]
+        ratios = [f"{row[f'{x}_ratio']:.2f}" for x in ("memory", "time")]
+        cells = *(f"{x:.2f}" for x in peaks), ratios[0], *(f"{x:.1f}" for x in times)
+        rows.append([f"`{case}`", *cells, ratios[1]])
+    intro = f"loss and backward pass of {found['tokens']:,} tokens at V = "
+    intro += f"{found['vocab']:,}, hidden size {found['hidden']:,}, in fp32: what they "
+    intro += "add to the peak, in GB (2^30 bytes), and seconds (median of "
+    intro += f"{found['repeats']}), by the script and from whole logits; torch "
+    intro += f"{found['torch']}, {found['threads']} threads."
+    columns = ["loss of", "GB", "whole logits", "ratio", "seconds", "whole logits"]
+    return intro, [*columns, "ratio"], rows
+
+
 def again() -> str:
     """The default arms once more, with newer code, beside the published ones."""
     rows = []
@@ -411,6 +430,8 @@ def numbers(name: str, found: dict) -> str:
     if name == "gpu":
         file = next((x.stem for x in sorted(claims.RESULTS.glob("gpu-*.json"))), name)
         found = read(file)
+    if name == "memory":
+        file, found = "memory-cpu", read("memory-cpu")
     if not found or ("gradient" in name and "seeds" not in found):
         return f"\n{NOT_YET}\n"
     intro, *tables = {
@@ -420,6 +441,7 @@ def numbers(name: str, found: dict) -> str:
         "prefix_gradients": prefix_gradients,
         "combination_lock": combination_lock,
         "env_speed": env_speed,
+        "memory": memory,
         "gpu": gpu,
     }[name](found)
     where = (claims.RESULTS / file).relative_to(claims.ROOT).as_posix()

@@ -849,6 +849,18 @@ def test_table_turns_a_ratio_round_or_takes_the_wrong_ours():
     assert text.count("\n\n| ") == 2 and "ours, 64" not in text
 
 
+def test_peak_of_whole_logits_reads_as_ours():
+    """A row has its own memory, then its own time, ours before whole logits, and the
+    ratios that were written beside them."""
+    way = lambda gb, seconds: {"bytes": gb * 2**30, "seconds": seconds}
+    row = {"ours": way(1, 3.0), "naive": way(8, 2.0)}
+    row |= {"memory_ratio": 0.125, "time_ratio": 1.5}
+    found = dict(tokens=4096, vocab=151_936, hidden=8, repeats=1, torch="2", threads=2)
+    _, columns, rows = readme.memory(found | {"cases": {"grpo": row}})
+    assert rows == [["`grpo`", "1.00", "8.00", "0.12", "3.0", "2.0", "1.50"]]
+    assert len(columns) == len(rows[0])
+
+
 def test_failed_part_of_a_gpu_reads_as_measured():
     """What was late or wrong on a GPU, and what was never tried, stands as such in the
     place of a number; so does code that was edited since."""
