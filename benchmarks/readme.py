@@ -399,9 +399,9 @@ def memory(found: dict) -> tuple[str, list[str], list[list[str]]]:
         rows.append([f"`{case}`", *cells, ratios[1]])
     intro = f"loss and backward pass of {found['tokens']:,} tokens at V = "
     intro += f"{found['vocab']:,}, hidden size {found['hidden']:,}, in fp32: what they "
-    intro += "add to the peak, in GB (2^30 bytes), and seconds (median of "
-    intro += f"{found['repeats']}), by the script and from whole logits; torch "
-    intro += f"{found['torch']}, {found['threads']} threads."
+    times = f"median of {found['repeats']}" if found["repeats"] > 1 else "one run"
+    intro += f"add to the peak, in GB (2^30 bytes), and seconds ({times}), by the script "
+    intro += f"and from whole logits; torch {found['torch']}, {found['threads']} threads."
     columns = ["loss of", "GB", "whole logits", "ratio", "seconds", "whole logits"]
     return intro, [*columns, "ratio"], rows
 
