@@ -115,7 +115,7 @@ class Args:
     dm_temperature: float = 1 / 15  # alpha: the smaller, the sharper is the target p
     dm_divergence: Literal["mse", "forward-kl", "js"] = "mse"  # between p and q
     dm_only: bool = False  # train on the distribution matching alone
-    kl_coef: float = 0.0  # beta: weight of the KL to the initial model
+    kl_coef: float = 0.0  # beta: weight of the KL to the initial model (LoRA: its base)
     mask_truncated: bool = False  # leave cut-off completions out of the loss
     eval_every: int = 25  # steps between evaluations
     eval_prompts: int = 256  # held-out problems in an evaluation

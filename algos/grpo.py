@@ -17,14 +17,16 @@ Maximised over theta, for completions i = 1..G of a prompt with rewards r_i:
                     constant  w_i = 1,        Z = completions x max length  (Dr. GRPO)
 
 Z is one number for an optimiser step, over all micro-batches and ranks. At the first
-update on a batch rho is exactly 1: the loss is 0 but for unequal lengths and says
-nothing of progress; its gradient, -A grad log pi, is not.
+update on a batch rho is exactly 1: the loss is 0, except where lengths differ, and says
+nothing about progress; its gradient, -A grad log pi, is not 0.
 
-Differences. std divides by G - 1 (the paper does not say), eps is 1e-4. The KL term is
-rho k2, rho detached and k2 = (log pi - log pi_ref)^2 / 2: its gradient is the reverse
-KL's at each state, while the paper's k3, as a loss, has the forward KL's. Groups of
-equal rewards have A = 0 and cost nothing; they are not drawn anew as in DAPO. The
-learning rate is constant after a warm-up: a longer run continues a shorter one.
+Differences. The defaults are GRPO's advantages with DAPO's Z and clip; the first paper
+has --normalization sequence, --clip-high as --clip-low, and a KL. std divides by G - 1
+(the paper does not say), eps is 1e-4. The KL term is rho k2, rho detached and k2 =
+(log pi - log pi_ref)^2 / 2: its gradient is the reverse KL's at each state, while the
+paper's k3, as a loss, has the forward KL's. Groups of equal rewards have A = 0 and cost
+nothing; they are not drawn anew as in DAPO. The learning rate is constant after a
+warm-up: a longer run continues a shorter one.
 
     python algos/grpo.py
     python algos/grpo.py --model Qwen/Qwen3-0.6B --data train.jsonl --max-new-tokens 512

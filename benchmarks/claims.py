@@ -104,7 +104,7 @@ ARMS: dict[str, dict[str, str]] = {  # name: flags; the first arm fills the cach
         "default": "",
         "sampled": "--estimator sampled",
         "full": "--estimator full",
-        "vopd-topk": "--estimator vopd-topk --top-k 5",  # of 98 tokens
+        "vopd-topk": "--estimator vopd-topk --top-k 5",  # of 99 tokens
         "topk": "--estimator topk --top-k 5",
         "clip": "--estimator clip",
         "default-64": "--prompts-per-step 64",  # in place of 256: a noisier gradient
@@ -400,7 +400,7 @@ NOISE = (
     "two estimators without it, full and the biased topk, end 0.04 to 0.08 nats "
     "below those with it (picture -biased). With 64 in a batch, and as many steps, the "
     "distance from full grows to 0.18 nats (arms default-64 and full-64). A larger "
-    "batch was not run, nor a vocabulary of over 98 tokens."
+    "batch was not run, nor a vocabulary of over 99 tokens."
 )
 FIVE = (
     "The difference between the two arms is {}, depending on the seed: five seeds are "

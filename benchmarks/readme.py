@@ -233,7 +233,7 @@ def gradient_variance(found: dict) -> tuple:
     intro = f"{flags['batches']} batches of {flags['batch_size']} completions at each "
     intro += f"student, the same for all estimators, {seeds} seeds; IQM over seeds "
     intro += (
-        f"[95 %]. k = {flags['top_k']} of 98 tokens. bias^2: squared bias over the "
+        f"[95 %]. k = {flags['top_k']} of 99 tokens. bias^2: squared bias over the "
     )
     intro += "squared length of full's gradient, an unbiased estimate, which may be "
     intro += "below 0."
