@@ -398,10 +398,11 @@ def memory(found: dict) -> tuple[str, list[str], list[list[str]]]:
         cells = *(f"{x:.2f}" for x in peaks), ratios[0], *(f"{x:.1f}" for x in times)
         rows.append([f"`{case}`", *cells, ratios[1]])
     intro = f"loss and backward pass of {found['tokens']:,} tokens at V = "
-    intro += f"{found['vocab']:,}, hidden size {found['hidden']:,}, in fp32: what they "
     times = f"median of {found['repeats']}" if found["repeats"] > 1 else "one run"
-    intro += f"add to the peak, in GB (2^30 bytes), and seconds ({times}), by the script "
-    intro += f"and from whole logits; torch {found['torch']}, {found['threads']} threads."
+    intro += f"{found['vocab']:,}, hidden size {found['hidden']:,}, in fp32: what they "
+    intro += f"add to the peak, in GB (2^30 bytes), and seconds ({times}), by the "
+    intro += f"script and from whole logits; torch {found['torch']}, "
+    intro += f"{found['threads']} threads."
     columns = ["loss of", "GB", "whole logits", "ratio", "seconds", "whole logits"]
     return intro, [*columns, "ratio"], rows
 
