@@ -401,7 +401,7 @@ def draw(result: dict, path: Path) -> None:
         axes.loglog(*place, "k" + marker, fillstyle="none", label=name, **look)
     axes.set(xlabel="environments", ylabel="steps/s", title="CartPole-v1, PPO")
     axes.set_ylim(bottom=10**4, top=3 * rows[-1]["env_steps_per_second"])
-    axes.legend(title="everything, by others", loc="lower right")
+    axes.legend(title="everything, by others", loc="upper left")
     axes.figure.savefig(path, dpi=120)
 
 

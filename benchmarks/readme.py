@@ -25,11 +25,12 @@ import sys
 from collections import Counter
 
 import claims
+import gradients
 import report
 from gpu_presets import PRESETS
 
 ALSO = {
-    "ppo_envs": " && python benchmarks/claims.py ppo_envs --seeds 10 "
+    "ppo_envs": " && python benchmarks/claims.py ppo_envs --jobs 2 --seeds 10 "
     "--arms default,size-256,sqrt-256"
 }
 CELLS = {  # of the metric: its gain or its end; seeds, worst seed, wall time
@@ -119,7 +120,7 @@ def results(script: str, runs: list[dict]) -> str:
         return f"\n{NOT_YET}\n"
     where = (claims.RESULTS / script).relative_to(claims.ROOT).as_posix()
     seeds = min(Counter(run["arm"] for run in runs).values())
-    command = f"python benchmarks/claims.py {script} --seeds {seeds}"
+    command = f"python benchmarks/claims.py {script} --jobs 2 --seeds {seeds}"
     command += ALSO.get(script, "")
     intro = f"`{command}`: {report.made_of(runs)}. [All arms and claims, definitions]"
     intro += f"({where}.md), [every run]({where}.json)."
@@ -236,7 +237,7 @@ def gradient_variance(found: dict) -> tuple:
         f"[95 %]. k = {flags['top_k']} of 99 tokens. bias^2: squared bias over the "
     )
     intro += "squared length of full's gradient, an unbiased estimate, which may be "
-    intro += "below 0."
+    intro += f"below 0. torch {found['torch']}."
     return (
         intro,
         *gradient_table(found, names),
@@ -253,7 +254,8 @@ def prefix_gradients(found: dict) -> tuple:
     )
     intro += f"{seeds} seeds; IQM over seeds [95 %]. SNR: |E g|^2 over the variance of "
     intro += "one batch's gradient, none where no group is live; live groups: those "
-    intro += "whose rewards differ. The gradients' norm and std are in the file."
+    intro += "whose rewards differ. The gradients' norm and std are in the file. torch "
+    intro += f"{found['torch']}."
     return (
         intro,
         *gradient_table(found, names),
@@ -261,24 +263,35 @@ def prefix_gradients(found: dict) -> tuple:
     )
 
 
-def combination_lock(found: dict) -> tuple[str, list[str], list[list[str]]]:
+def combination_lock(found: dict) -> tuple:
     """Training on prefixed locks alone, with shared parameters and without."""
-    rows = {}
+    of = {}  # (policy, band): chances before and after training, one pair a seed
     for run in found["runs"]:
         band = "{:.0f}-{:.0f} %".format(*(100 * x for x in run["band"]))
         ends = run["lines"][0], run["lines"][-1]
-        rows.setdefault((run["policy"], band), []).append(
-            [end[name] for name in ("plain", "before") for end in ends]
-        )
-    mean = lambda values: [f"{sum(x) / len(x):.3f}" for x in zip(*values)]
-    table = [[*key, *mean(values)] for key, values in rows.items()]
-    seeds = len(next(iter(rows.values())))
-    intro = (
-        f"the mean of {seeds} seeds: the chance to open a lock without a prefix, and "
-    )
-    intro += "to set those wheels right that every prefix has set already."
+        of.setdefault((run["policy"], band), []).append(ends)
+    rows, judged = [], []
+    for key, pairs in of.items():
+        rows.append(list(key))
+        for name in ("plain", "before"):
+            begun, ends = pairs[0][0][name], [end[name] for _, end in pairs]
+            rows[-1] += [f"{begun:.3f}", report.spread(ends)]  # all seeds begin alike
+    for policy, kind in (("tabular", "equal"), ("shared", "higher")):
+        for band in dict.fromkeys(band for _, band in of):
+            gains = [b["before"] - a["before"] for a, b in of[policy, band]]
+            middle, low, high = report.interval(gains)
+            word = report.verdict(low, high, kind, 0.02, len(gains))
+            text = "without shared parameters these wheels stay as they were (equal)"
+            if policy == "shared":
+                text = "with shared parameters they get better (higher)"
+            cells = band, str(len(gains)), f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]"
+            judged.append([f"PrefixRL: {text}", *cells, word])
+    intro = f"{len(pairs)} seeds, {found['seconds']:.0f} s in all, numpy "
+    intro += f"{found['numpy']}: the chance to open a lock without a prefix, and to "
+    intro += "set those wheels right that every prefix has set already; IQM [95 %]."
     columns = ["policy", "prefixes", "opened, before", "after", "first wheels, before"]
-    return intro, [*columns, "after"], table
+    names = ["claim, of the first wheels", "prefixes", "seeds", "gain [95 %]"]
+    return intro, [*columns, "after"], rows, [*names, "verdict"], judged
 
 
 def env_speed(found: dict) -> tuple[str, list, list, list, list]:
@@ -447,7 +460,7 @@ def numbers(name: str, found: dict) -> str:
     }[name](found)
     where = (claims.RESULTS / file).relative_to(claims.ROOT).as_posix()
     intro = f"[`python benchmarks/{name}.py`](benchmarks/{name}.py), {intro} "
-    intro += f"{found.get('hardware', 'No GPU')}; [all numbers]({where}.json)."
+    intro += f"{found['hardware']}; [all numbers]({where}.json)."
     own = OF_SCRIPT.get(name)
     code = {own: found.get("code")} if own else found.get("code", {})
     old = [f"{x}.py" for x in code if code[x] != claims.code_now(x, "default")]
@@ -480,6 +493,10 @@ def main(argv: list[str] | None = None) -> int:
             claims.write_pages(path.with_suffix(".json"))
         elif not path.exists() or path.read_text() != page:
             wrong.append(f"{path.name} is not what {script}.json says")
+    for name in claims.GRADIENT_CLAIMS:
+        found = read(name)
+        if found and not check:
+            gradients.draw(found, claims.RESULTS / f"{name}.png")
     path = claims.ROOT / "README.md"
     old = path.read_text()
     wrong += [

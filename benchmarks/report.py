@@ -85,6 +85,7 @@ AXES = {  # what an axis shows, with its unit
 MEANING = {  # of the metrics in the tables; eval/: of held-out problems
     "pass@1": "share of the problems that one try solves",
     "pass@8": "share of the problems that at least one of 8 tries solves",
+    "samples/wrong_length": "mean length of the logged wrong answers, in characters",
     "reverse_kl": "nats per token, from the student to the teacher",
     "sr": "share of the answers that are feasible",
     "qr": "mean quality of an answer as a share of the best there is, 0 if infeasible",
@@ -105,9 +106,9 @@ NOTE = """Interval: 95 % percentile bootstrap of the interquartile mean (IQM) ov
 seeds, 10,000 resamples. The strata of a stratified bootstrap are tasks: with one task
 there is one stratum, and it is the plain bootstrap. On normal data it holds the true
 value in 89 % of cases with 5 seeds and in 93 % with 10 (4,000 simulated samples), and
-nothing corrects for the number of claims. A - B: IQM of the
-differences seed by seed. P(A better): the probability that a run of A is better than a
-run of B (Mann-Whitney U / n^2). For a rank correlation A - B is the IQM of Spearman's
+nothing corrects for the number of claims. A - B: IQM of the differences seed by seed.
+P: the probability that a run of A is on the claimed side of one of B (for "equal":
+above it; Mann-Whitney U / n^2). For a rank correlation A - B is the IQM of Spearman's
 rho over seeds, P the share of seeds where it is above 0. The verdicts are computed by
 the rules at the top of benchmarks/claims.py; "not measured": no seed has run both
 arms."""
@@ -266,7 +267,7 @@ def made_of(runs: list[dict]) -> str:
     walls = [run["wall_seconds"] for run in runs if run["wall_seconds"]]
     if walls:
         span = f"{min(walls):.0f} to {max(walls):.0f} s"
-        parts.append(f"wall time of a run {span}, {sum(walls) / 3600:.1f} h in all")
+        parts.append(f"wall time of a run {span}, {sum(walls) / 3600:.1f} h summed")
         threads = sorted({run["threads"] for run in runs if run.get("threads")})
         if threads:
             parts[-1] += f" (OMP_NUM_THREADS: {', '.join(map(str, threads))})"
@@ -340,7 +341,7 @@ def claim_table(runs: list[dict], claims: list, papers: dict) -> str:
         compared += f", margin {claim.margin:g}, at {claim.at}"
         row = [f"{source} ({papers[source]})", text, compared]
         rows.append([*row, *data, f"**{found['verdict']}**"])
-    names = ["paper", "claim", "compared", "seeds", "A - B [95 %]", "P(A better)"]
+    names = ["paper", "claim", "compared", "seeds", "A - B [95 %]", "P"]
     return table([*names, "verdict"], rows)
 
 
@@ -431,14 +432,23 @@ def draw(script: str, runs: list[dict], path: Path) -> None:
             count = " or ".join(map(str, sorted(seeds)))
             title = f"{count} seed{'s' * (count != '1')}: IQM, 95 % interval"
             scale = "log" if x in ("num_envs", "ddr") else "linear"
-            picture(lines, AXES[x], AXES[metrics.split()[0]], title, file, scale)
+            sizes = family(runs, lines[0][0]) if x == "ddr" else []
+            sizes = sorted({run["args"]["num_envs"] for run in sizes})
+            names = AXES[x], AXES[metrics.split()[0]], title
+            picture(lines, *names, file, scale, [f"N = {n:,}" for n in sizes])
 
 
 def picture(
-    lines: list, xlabel: str, ylabel: str, title: str, path: Path, scale: str = "linear"
+    lines: list,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    path: Path,
+    scale: str = "linear",
+    points: list[str] | tuple = (),
 ) -> None:
     """Lines (name, x, middle, low, high), each named at its end; the names are moved
-    apart where they would meet."""
+    apart where they would meet. The points of the first line may have names, too."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.add_subplot()
     styles = ["o-", "s--", "^:", "D-.", "v-", "x--"]
@@ -446,6 +456,9 @@ def picture(
         grey = str(0.6 * i / max(1, len(lines) - 1))
         axes.plot(x, middle, styles[i % 6], color=grey, markersize=4)
         axes.fill_between(x, low, high, color=grey, alpha=0.2, linewidth=0)
+    for name, *place in zip(points, *lines[0][1:3]):
+        look = dict(textcoords="offset points", fontsize=8, ha="center")
+        axes.annotate(name, place, (0, 7), **look)
     axes.set(xlabel=xlabel, ylabel=ylabel, xscale=scale)
     axes.set_ylim(bottom=0)
     axes.set_title(title, fontsize=10)

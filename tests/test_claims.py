@@ -835,7 +835,12 @@ def test_table_turns_a_ratio_round_or_takes_the_wrong_ours():
         rollout_length=3,
         ours={},
     )
-    found |= {"cores used": 1, "load before": 0.0, "load after": 0.0}
+    found |= {
+        "hardware": "1 core",
+        "cores used": 1,
+        "load before": 0.0,
+        "load after": 0.0,
+    }
     names = "env_steps_per_second", "act_steps_per_second", "steps_per_second"
     found["ours"]["4096"] = dict(zip(names, (3e6, 2e4, 1e3)), rollout_length=8)
     found["in turns"] = {"ours": row(9, 50.0, 50.0, 7.0)}
@@ -859,6 +864,30 @@ def test_peak_of_whole_logits_reads_as_ours():
     _, columns, rows = readme.memory(found | {"cases": {"grpo": row}})
     assert rows == [["`grpo`", "1.00", "8.00", "0.12", "3.0", "2.0", "1.50"]]
     assert len(columns) == len(rows[0])
+
+
+def test_control_of_another_band_or_policy_reads_as_its_own():
+    """Each row of the lock's tables has its policy's and band's own numbers; wheels
+    that move without shared parameters are not replicated, however little others do."""
+    runs = [
+        {"policy": policy, "band": [low, 2 * low], "seed": seed,
+         "lines": [{"plain": 0.0, "before": 0.25}, {"plain": low, "before": after}]}
+        for policy, low, after in [("tabular", 0.1, 0.25), ("tabular", 0.2, 0.5),
+                                   ("shared", 0.1, 0.75), ("shared", 0.2, 0.25)]
+        for seed in range(5)
+    ]  # fmt: skip
+    found = {"runs": runs, "seconds": 1, "numpy": "2"}
+    _, _, rows, _, judged = readme.combination_lock(found)
+    assert [row[:4] for row in rows[:2]] == [
+        ["tabular", "10-20 %", "0.000", "0.100 [0.100, 0.100]"],
+        ["tabular", "20-40 %", "0.000", "0.200 [0.200, 0.200]"],
+    ]
+    assert [row[1:] for row in judged] == [
+        ["10-20 %", "5", "+0.000 [+0.000, +0.000]", "replicated"],
+        ["20-40 %", "5", "+0.250 [+0.250, +0.250]", "not replicated"],
+        ["10-20 %", "5", "+0.500 [+0.500, +0.500]", "replicated"],
+        ["20-40 %", "5", "+0.000 [+0.000, +0.000]", "not replicated"],
+    ]
 
 
 def test_failed_part_of_a_gpu_reads_as_measured():
