@@ -7,6 +7,7 @@ older code. Imports nothing that a machine with a GPU may lack.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 
@@ -27,5 +28,11 @@ def skeleton(node) -> object:
 
 def code_hash(sources: list[str]) -> str:
     """Hash of Python programs that comments, docstrings and layout do not change."""
+    return hash_of(tuple(sources))
+
+
+@functools.cache  # 0.3 s each
+def hash_of(sources: tuple[str, ...]) -> str:
+    """What code_hash() gives."""
     trees = [skeleton(ast.parse(source)) for source in sources]
     return hashlib.sha256(json.dumps(trees).encode()).hexdigest()[:16]
