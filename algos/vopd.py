@@ -41,9 +41,8 @@ models, so that no probability lies there; the saved student is without them.
         --data prompts.jsonl --max-new-tokens 512
 
 The first trains a teacher and a smaller student on Countdown and distils one into the
-other, with nothing to download: in under 8 minutes on 2 CPU cores the reverse KL falls
-by more than half, and half of the distance in held-out pass@1 is closed (README.md has
-the measurements).
+other, with nothing to download: the reverse KL falls by more than half, and half of the
+distance in held-out pass@1 is closed (README.md has the measurements).
 """
 
 from __future__ import annotations
