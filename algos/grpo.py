@@ -87,6 +87,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products
     model: str = "tiny"  # tiny (built in), a local folder or a hub name
+    tiny_steps: int = 450  # batches of 64 worked answers that tiny starts from
     task: str = "countdown"  # countdown, countdown-4 (numbers), ... or a task.py
     data: str = ""  # JSONL file of {"prompt": ..., "answer": ...}, instead of --task
     eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)
@@ -292,7 +293,7 @@ def warm_start(problems: list[Problem], seed: int, steps: int, width: int) -> tu
     return model, tokenizer
 
 
-def tiny_model(problems: list[Problem], seed: int, steps=450, width=128) -> str:
+def tiny_model(problems: list[Problem], seed: int, steps: int, width=128) -> str:
     """Folder of the warm-started model, cached under a hash of all that defines it."""
     solved = [p for p in problems if isinstance(p.prompt, str) and p.solution]
     if not solved:
@@ -703,7 +704,10 @@ class Logprobs(torch.autograd.Function):
             d.scatter_(-1, y, (g - g * p.gather(-1, y)).to(dtype))
             out += d @ low
             if grad_weight is not None:
-                grad_weight += d.T @ h
+                if dtype == grad_weight.dtype:  # no second array of this size
+                    grad_weight.addmm_(d.T, h)
+                else:
+                    grad_weight += d.T @ h
             if grad_bias is not None:
                 grad_bias += d.sum(0)
         return grad_hidden, grad_weight, grad_bias, None, None
@@ -713,13 +717,15 @@ def token_logprobs(
     model, tokens, attention_mask, completion_length: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs (B, C), with gradient, and entropies (B, C) of the last C columns of
-    tokens (B, T), in nats; 0 where attention_mask (B, T) is. Logits of at most 2^27 / V
-    tokens exist at once."""
+    tokens (B, T), in nats; 0 where attention_mask (B, T) is. At most about 2^28 bytes
+    of logits exist at once."""
     head = model.get_output_embeddings()
     hidden, scored = last_hidden(model, tokens, attention_mask, completion_length)
-    targets, n = tokens[:, -completion_length:][scored], 2**27 // head.weight.shape[0]
     bias = None if head.bias is None else head.bias / temperature
-    batch = hidden / temperature, head.weight, bias, targets, n + 1  # the logits over T
+    size = 2 if torch.is_autocast_enabled(tokens.device.type) else 4  # bytes of a logit
+    n = 2**28 // size // head.weight.shape[0] + 1
+    targets = tokens[:, -completion_length:][scored]
+    batch = hidden / temperature, head.weight, bias, targets, n  # the logits over T
     zeros = torch.zeros(scored.shape, device=tokens.device)
     return tuple(zeros.masked_scatter(scored, x) for x in Logprobs.apply(*batch))
 
@@ -957,7 +963,7 @@ def read_flags(default: Args | None = None) -> Args:
             return tyro.cli(Args, default=default, description=__doc__.split("\n")[0])
     except SystemExit:
         if box.getvalue():  # not --help
-            fail(re.sub(r"[^ -~]", " ", box.getvalue()))
+            fail(re.sub(r"╭.*|[^ -~]", " ", box.getvalue()))  # no frame, no title
         raise
 
 
@@ -1038,7 +1044,9 @@ def train(args: Args) -> int:
     """Sample, score, compare, update, log; evaluate and save every now and then."""
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
-    name = tiny_model(problems, args.seed) if args.model == "tiny" else args.model
+    name = args.model
+    if name == "tiny":
+        name = tiny_model(problems, args.seed, args.tiny_steps)
     last, step, pass_1 = Path(args.run_dir, "checkpoint"), 0, math.nan
     model, tokenizer = load_model(str(last) if args.resume else name, args)
     add_lora(model, args)

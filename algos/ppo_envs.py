@@ -855,7 +855,8 @@ def draw_curve(run_dir: Path) -> None:
     axes = Figure(figsize=(6, 4), layout="constrained").add_subplot()
     for name, style in (("episode_return", "-"), ("eval/episode_return", "o-")):
         points = [(r["transitions"], r[name]) for r in records if name in r]
-        axes.plot(*zip(*points), style, markersize=4, label=name)
+        if points:  # an episode has ended
+            axes.plot(*zip(*points), style, markersize=4, label=name)
     axes.set(xlabel="transitions", ylabel="return", title=run_dir.name)
     axes.legend()
     axes.figure.savefig(run_dir / "curve.png", dpi=120)
@@ -872,7 +873,7 @@ def read_flags(default: Args | None = None) -> Args:
             return tyro.cli(Args, default=default, description=__doc__.split("\n")[0])
     except SystemExit:
         if box.getvalue():  # not --help
-            fail(re.sub(r"[^ -~]", " ", box.getvalue()))
+            fail(re.sub(r"╭.*|[^ -~]", " ", box.getvalue()))  # no frame, no title
         raise
 
 

@@ -105,6 +105,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products
     model: str = "tiny"  # tiny (built in), a local folder or a hub name
+    tiny_steps: int = 900  # batches of 64 worked answers that tiny starts from
     task: str = "chain"  # chain-9 (moves), -8, ... or a task.py
     data: str = ""  # JSONL file of {"prompt": ..., "answer": ...}, instead of --task
     eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)
@@ -311,7 +312,7 @@ def warm_start(problems: list[Problem], seed: int, steps: int, width: int) -> tu
     return model, tokenizer
 
 
-def tiny_model(problems: list[Problem], seed: int, steps=450, width=128) -> str:
+def tiny_model(problems: list[Problem], seed: int, steps: int, width=128) -> str:
     """Folder of the warm-started model, cached under a hash of all that defines it."""
     solved = [p for p in problems if isinstance(p.prompt, str) and p.solution]
     if not solved:
@@ -344,7 +345,7 @@ def built_in(name: str, problems: list[Problem], args: Args) -> str:
         size = int(found[1] or TASKS["chain"][2])
         others = chain_problems("train", args.seed + 1, size, SLIPS[name])
         start = [p for p in itertools.islice(others, 20_000) if p.prompt not in used]
-    return tiny_model(start, args.seed, 900, 64)
+    return tiny_model(start, args.seed, args.tiny_steps, 64)
 
 
 def load_model(name: str, args: Args) -> tuple:
@@ -736,7 +737,10 @@ class Logprobs(torch.autograd.Function):
             d.scatter_(-1, y, (g - g * p.gather(-1, y)).to(dtype))
             out += d @ low
             if grad_weight is not None:
-                grad_weight += d.T @ h
+                if dtype == grad_weight.dtype:  # no second array of this size
+                    grad_weight.addmm_(d.T, h)
+                else:
+                    grad_weight += d.T @ h
             if grad_bias is not None:
                 grad_bias += d.sum(0)
         return grad_hidden, grad_weight, grad_bias, None, None
@@ -746,13 +750,15 @@ def token_logprobs(
     model, tokens, attention_mask, completion_length: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs (B, C), with gradient, and entropies (B, C) of the last C columns of
-    tokens (B, T), in nats; 0 where attention_mask (B, T) is. Logits of at most 2^27 / V
-    tokens exist at once."""
+    tokens (B, T), in nats; 0 where attention_mask (B, T) is. At most about 2^28 bytes
+    of logits exist at once."""
     head = model.get_output_embeddings()
     hidden, scored = last_hidden(model, tokens, attention_mask, completion_length)
-    targets, n = tokens[:, -completion_length:][scored], 2**27 // head.weight.shape[0]
     bias = None if head.bias is None else head.bias / temperature
-    batch = hidden / temperature, head.weight, bias, targets, n + 1  # the logits over T
+    size = 2 if torch.is_autocast_enabled(tokens.device.type) else 4  # bytes of a logit
+    n = 2**28 // size // head.weight.shape[0] + 1
+    targets = tokens[:, -completion_length:][scored]
+    batch = hidden / temperature, head.weight, bias, targets, n  # the logits over T
     zeros = torch.zeros(scored.shape, device=tokens.device)
     return tuple(zeros.masked_scatter(scored, x) for x in Logprobs.apply(*batch))
 
@@ -1376,7 +1382,7 @@ def read_flags(default: Args | None = None) -> Args:
             return tyro.cli(Args, default=default, description=__doc__.split("\n")[0])
     except SystemExit:
         if box.getvalue():  # not --help
-            fail(re.sub(r"[^ -~]", " ", box.getvalue()))
+            fail(re.sub(r"╭.*|[^ -~]", " ", box.getvalue()))  # no frame, no title
         raise
 
 

@@ -469,8 +469,9 @@ def quick_flags(script: str, flags: list[str]) -> list[str]:
     own = {x.target.id: x.value for x in fields if isinstance(x, ast.AnnAssign)}
     steps = max(1, own["steps"].value // 10)
     small = {"steps": steps, "eval_every": steps, "save_every": steps}
-    small |= {"eval_prompts": 32, "eval_episodes": 10, "teacher_steps": 100}
-    small |= {"prompts_per_step": 16, "candidates": 24, "trace_cap": 200}
+    small |= {"eval_prompts": 32, "eval_episodes": 10, "prompts_per_step": 16}
+    small |= {"tiny_steps": 50, "teacher_steps": 100, "candidates": 24}
+    small |= {"trace_cap": 200}
     pairs = [(f"--{k.replace('_', '-')}", str(v)) for k, v in small.items() if k in own]
     return [*flags, *(word for words in pairs for word in words)]
 

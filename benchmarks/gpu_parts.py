@@ -395,13 +395,13 @@ def countdown(sizes: Sizes, report: Callable) -> None:
     """grpo.py's default task, here and on this machine's CPU: seconds of a step (their
     median), and what is learnt here."""
     grpo, found = memory.load_script("grpo"), []
-    make, (*steps, start) = grpo.tiny_model, sizes.countdown
-    grpo.tiny_model = lambda problems, seed: make(problems, seed, steps=start)
+    *steps, start = sizes.countdown
     small = dict(prompts_per_step=4) if sizes is SMOKE else {}
     for name, device, many in zip(("here", "on the CPU"), (sizes.device, "cpu"), steps):
         folder = Path(name)
         flags = dict(model="tiny", steps=many, eval_every=10**6, micro_batch_size=512)
-        flags |= dict(device=device, run_dir=str(folder), warmup_steps=10)
+        flags |= dict(device=device, run_dir=str(folder), tiny_steps=start)
+        flags |= dict(warmup_steps=10)
         if device == "cpu":
             flags |= dict(dtype="float32", eval_prompts=8)
         grpo.train(flags_of(grpo, sizes, **flags, **small))

@@ -60,7 +60,7 @@ def measure(vopd, seed: int, flags) -> dict:
         if after:
             name = run_until(vopd, after, seed, flags.run_flags) / "checkpoint"
         elif name == "tiny":
-            name = vopd.tiny_model(problems, seed, **vopd.STUDENT)
+            name = vopd.tiny_model(problems, seed, args.tiny_steps, vopd.STUDENT_WIDTH)
         model, tokenizer = vopd.load_model(str(name), args)
         vopd.same_vocabulary(model, tokenizer, teacher, teacher_tokenizer)
         rng, size, rollouts = np.random.default_rng([seed, 2]), flags.batch_size, []

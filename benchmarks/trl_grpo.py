@@ -87,7 +87,8 @@ def main() -> None:
     if args.device != "cpu":
         grpo.fail("this comparison runs on the CPU: use --device cpu")
     problems, held_out, right = grpo.load_task(args)
-    model, tokenizer = grpo.load_model(grpo.tiny_model(problems, args.seed), args)
+    name = grpo.tiny_model(problems, args.seed, args.tiny_steps)
+    model, tokenizer = grpo.load_model(name, args)
     longest = model.config.max_position_embeddings - args.max_new_tokens
     tests = grpo.encode_prompts(tokenizer, held_out, longest)
     n = args.prompts_per_step

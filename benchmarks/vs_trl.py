@@ -70,7 +70,8 @@ def prepare(job: SimpleNamespace) -> dict:
     args = grpo.Args(seed=job.seed, device="cpu", dtype="float32", eval_prompts=1)
     args.prompts_per_step = job.prompts
     problems = grpo.load_task(args)[0]
-    folder = job.model or str(Path(grpo.tiny_model(problems, job.seed)).resolve())
+    folder = job.model or grpo.tiny_model(problems, job.seed, args.tiny_steps)
+    folder = job.model or str(Path(folder).resolve())
     model, tokenizer = grpo.load_model(folder, args)
     order = np.random.default_rng([job.seed, 1, 0]).permutation(len(problems))
     batch = [problems[i] for i in order[: job.prompts * job.steps]]

@@ -411,5 +411,5 @@ def test_answer_of_a_plug_in_is_no_json(grpo, monkeypatch):
 
     monkeypatch.setattr(grpo, "warm_start", warm_start)
     with pytest.raises(SystemExit) as stop:
-        grpo.tiny_model([grpo.Problem("1", {1, 2}, "1")], 1)
+        grpo.tiny_model([grpo.Problem("1", {1, 2}, "1")], 1, steps=2)
     assert stop.value.code == 7

@@ -682,7 +682,7 @@ def test_offline_default_does_not_start(vopd, cli, tmp_path, monkeypatch):
     (Here after two steps of training each.)"""
     made, make = [], vopd.tiny_model
 
-    def short(problems, seed, steps=450, width=128):
+    def short(problems, seed, steps, width):
         made.append((steps, width))
         return make(problems, seed, steps=2, width=width)
 
@@ -691,7 +691,7 @@ def test_offline_default_does_not_start(vopd, cli, tmp_path, monkeypatch):
     for name in "one", "two":
         assert cli(run_dir=name, **flags).code == 0
     (teacher, student), again = made[:2], made[2:]
-    assert again == made[:2] and student == tuple(vopd.STUDENT.values())
+    assert again == made[:2] and student == (vopd.Args.tiny_steps, vopd.STUDENT_WIDTH)
     assert teacher[0] > student[0] and teacher[1] > student[1]
     assert len(list((tmp_path / "runs/cache").iterdir())) == 2
     assert logged(tmp_path / "one") == logged(tmp_path / "two")
