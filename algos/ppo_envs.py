@@ -873,7 +873,8 @@ def read_flags(default: Args | None = None) -> Args:
             return tyro.cli(Args, default=default, description=__doc__.split("\n")[0])
     except SystemExit:
         if box.getvalue():  # not --help
-            fail(re.sub(r"╭.*|[^ -~]", " ", box.getvalue()))  # no frame, no title
+            text = box.getvalue().partition("\n")[2]  # without the title
+            fail(re.sub(r"[^ -~]|-{3,}", " ", text))  # nor the frame
         raise
 
 

@@ -13,8 +13,9 @@ goes on by --resume. Of the arms, the first is run for all seeds before the othe
 that the caches are made once. A record says whether a run added to its cache
 (cache_warm: false), because that is in its wall time. --jobs J runs J side by side,
 each with OMP_NUM_THREADS = cores / J. --quick runs the default and one other arm of a
-script with two seeds, a tenth of the steps, 16 prompts a step and evaluations of 32
-problems, to see that all this works; it writes to the work folder alone.
+script with two seeds, a tenth of the steps, 16 prompts a step, evaluations of 32
+problems and a shorter warm start, for Countdown with two numbers, to see that all this
+works; it writes to the work folder alone.
 
 Identity. A run is known by its flags, its seed, the versions of torch and transformers
 and the hash of the program's syntax tree, which comments, docstrings and layout do not
@@ -148,6 +149,8 @@ ARMS: dict[str, dict[str, str]] = {  # name: flags; the first arm fills the cach
 }
 OTHER_PROGRAM = {"trl": "benchmarks/trl_grpo.py"}  # arms that run it, with the same CLI
 QUICK = {"grpo": "updates-2", "vopd": "sampled", "dmpo": "grpo", "prefixrl": "rl"}
+EASY = {"grpo": "--task countdown-2 --tiny-steps 60", "dmpo": "--tiny-steps 60"}
+EASY |= {"vopd": EASY["grpo"], "prefixrl": "--tiny-steps 250"}  # flags of --quick
 METRICS = {  # of the arms' table, on held-out problems, or on hard training problems
     "grpo": "eval/pass@1 eval/pass@8 samples/wrong_length",
     "vopd": "eval/pass@1 eval/pass@8 eval/reverse_kl",
@@ -469,11 +472,11 @@ def quick_flags(script: str, flags: list[str]) -> list[str]:
     own = {x.target.id: x.value for x in fields if isinstance(x, ast.AnnAssign)}
     steps = max(1, own["steps"].value // 10)
     small = {"steps": steps, "eval_every": steps, "save_every": steps}
-    small |= {"eval_prompts": 32, "eval_episodes": 10, "prompts_per_step": 16}
-    small |= {"tiny_steps": 50, "teacher_steps": 100, "candidates": 24}
-    small |= {"trace_cap": 200}
+    small |= {"eval_prompts": 32, "eval_episodes": 10, "teacher_steps": 100}
+    small |= {"prompts_per_step": 16, "candidates": 24, "trace_cap": 200}
     pairs = [(f"--{k.replace('_', '-')}", str(v)) for k, v in small.items() if k in own]
-    return [*flags, *(word for words in pairs for word in words)]
+    words = itertools.chain(*pairs)
+    return [*flags, *words, *EASY.get(script, "").split()]
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -17,6 +17,7 @@ import transformers
 from conftest import (
     PLUGIN,
     char_tokenizer,
+    load_script,
     metrics_of,
     run_script,
     save_model,
@@ -112,6 +113,7 @@ def test_typo_in_a_flag_is_ignored(refused):
     """A flag that is dropped silently trains with the default: the line names the flag,
     and says which was meant."""
     refused("--group-sizes", "4", words=("--group-sizes", "--group-size INT"))
+    assert refused("--group-sizes", "4").lower().count("unrecognized") == 1
     refused("--steps", "many", words=("--steps", "many"))
     refused("--steps", "1.5", words=("--steps",))
     refused("--normalization", "batch", words=("--normalization", "constant"))
@@ -413,3 +415,20 @@ def test_answer_of_a_plug_in_is_no_json(grpo, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         grpo.tiny_model([grpo.Problem("1", {1, 2}, "1")], 1, steps=2)
     assert stop.value.code == 7
+
+
+@pytest.mark.parametrize("name", ["grpo", "vopd", "prefixrl", "dmpo"])
+def test_steps_of_the_warm_start_are_fixed(name, monkeypatch, tmp_path):
+    """--tiny-steps is dropped on its way to the built-in model."""
+    script, asked = load_script(name), []
+
+    def warm_start(problems, seed, steps, width):
+        asked.append(steps)
+        sys.exit(7)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "warm_start", warm_start)
+    monkeypatch.setattr(script, "load_teacher", lambda *_: (None, None), raising=False)
+    with pytest.raises(SystemExit):
+        script.train(script.Args(device="cpu", run_dir="run", tiny_steps=23))
+    assert asked == [23]

@@ -871,6 +871,18 @@ def test_resume_is_off_by_one(ppo, run, tmp_path, flags):
     assert "args" in json.loads((tmp_path / "whole/args.json").read_text())
 
 
+def test_curve_has_a_point_before_the_first_episode_ends(ppo, tmp_path, monkeypatch):
+    """matplotlib takes a plot of nothing but a style for a category: an axis of words,
+    and a point that nobody measured."""
+    lines = {"transitions": 0, "eval/episode_return": 9.0}, {"transitions": 64}
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    drawn, keep = [], lambda figure, *_, **__: drawn.extend(figure.axes[0].get_lines())
+    monkeypatch.setattr(ppo.Figure, "savefig", keep)
+    ppo.draw_curve(tmp_path)
+    assert [line.get_xydata().tolist() for line in drawn] == [[[0.0, 9.0]]]
+
+
 def test_one_environment_is_not_enough(ppo, run, tmp_path, capsys):
     """--num-envs 1 works, without further flags: the rollout becomes longer."""
     run("--num-envs", 1, "--env", "cartpole", "--steps", 2, "--run-dir", "one")
