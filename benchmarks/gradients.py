@@ -2,7 +2,8 @@
 
 Both ask the same question of a script's gradients at fixed policies, seed by seed. A
 result is {"seeds": {seed: {policy: {kind of gradient: {measure: value}}}}} with the
-flags, hardware and versions it was made with.
+flags, hardware and versions it was made with, and the seconds that each seed took, its
+runs and their models included (none, if some were there from an interrupted call).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +24,7 @@ import claims
 import numpy as np
 import report
 import torch
+import transformers
 from matplotlib.figure import Figure
 
 
@@ -83,7 +86,9 @@ def measure_seeds(measure: Callable, name: str, doc: str, **defaults) -> None:
     out.mkdir(parents=True, exist_ok=True)
     how = {flag: getattr(flags, flag) for flag in [*defaults, "run_flags"]}
     result = {"hardware": f"{os.cpu_count()} CPU cores, no GPU"}
-    result |= {"torch": torch.__version__, "code": code, "flags": how, "seeds": {}}
+    result |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    result |= {"threads": torch.get_num_threads(), "code": code, "flags": how}
+    result |= {"seconds": {}, "seeds": {}}
     work = Path(flags.work, code).resolve()
     for seed in flags.seeds:
         folder = work / f"s{seed}"
@@ -92,9 +97,12 @@ def measure_seeds(measure: Callable, name: str, doc: str, **defaults) -> None:
         path = Path("measured.json")
         known = json.loads(path.read_text()) if path.exists() else {}
         if known.get("flags") != how:
+            whole, start = not any(folder.iterdir()), time.perf_counter()
             known = {"flags": how, "policies": measure(script, seed, flags)}
+            known["seconds"] = time.perf_counter() - start if whole else None
             path.write_text(json.dumps(known))
         result["seeds"][str(seed)] = known["policies"]
+        result["seconds"][str(seed)] = known["seconds"]
     (out / f"{program}.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(result, out / f"{program}.png")
 

@@ -227,6 +227,17 @@ def gradient_table(found: dict, names: dict[str, str]) -> tuple[list, list]:
     return ["", *columns], rows
 
 
+def made_with(found: dict) -> str:
+    """Versions and wall time of a result of gradients.py."""
+    names = [x for x in PACKAGES if x in found]
+    parts = [", ".join(f"{x} {found[x]}" for x in names)]
+    if walls := [x for x in found.get("seconds", {}).values() if x]:
+        span = f"{min(walls):.0f} to {max(walls):.0f} s"
+        parts.append(f"wall time of a seed, its runs included, {span}")
+        parts.append(f"{sum(walls) / 3600:.1f} h summed (threads: {found['threads']})")
+    return ", ".join(parts)
+
+
 def gradient_variance(found: dict) -> tuple:
     """Variance and bias of the estimators' gradients at the same students."""
     names = {"ratio": "variance / that of sampled", "bias_squared": "bias^2"}
@@ -237,7 +248,7 @@ def gradient_variance(found: dict) -> tuple:
         f"[95 %]. k = {flags['top_k']} of 99 tokens. bias^2: squared bias over the "
     )
     intro += "squared length of full's gradient, an unbiased estimate, which may be "
-    intro += f"below 0. torch {found['torch']}."
+    intro += f"below 0. {made_with(found)}."
     return (
         intro,
         *gradient_table(found, names),
@@ -254,8 +265,8 @@ def prefix_gradients(found: dict) -> tuple:
     )
     intro += f"{seeds} seeds; IQM over seeds [95 %]. SNR: |E g|^2 over the variance of "
     intro += "one batch's gradient, none where no group is live; live groups: those "
-    intro += "whose rewards differ. The gradients' norm and std are in the file. torch "
-    intro += f"{found['torch']}."
+    intro += "whose rewards differ. The gradients' norm and std are in the file. "
+    intro += f"{made_with(found)}."
     return (
         intro,
         *gradient_table(found, names),

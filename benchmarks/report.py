@@ -265,6 +265,15 @@ def judge_gradients(found: dict, policy: str, claim) -> dict:
 # -------------------------------------- Tables ----------------------------------------
 
 
+def logged_seconds(run: dict) -> float | None:
+    """Time that a run without a measured one took by the speed it logged at its
+    evaluations, these apart; None if it logged none."""
+    speeds = [x["steps_per_second"] for x in run["evals"] if "steps_per_second" in x]
+    if not speeds:
+        return None
+    return run["evals"][-1]["transitions"] * np.mean(1 / np.array(speeds))
+
+
 def made_of(runs: list[dict]) -> str:
     """Hardware, versions and wall time of the runs, in a line."""
     unique = lambda name: ", ".join(dict.fromkeys(x[name] for x in runs if name in x))
@@ -282,6 +291,10 @@ def made_of(runs: list[dict]) -> str:
         )
         parts[-1] += f", {made} of {len(runs)} made a base model first" * bool(made)
         parts[-1] += f", {again} resumed, not timed" * bool(again)
+        resumed = [run for run in runs if run["cache_warm"] is None]
+        if logged := [x for x in map(logged_seconds, resumed) if x]:
+            parts[-1] += f" (by the speed they logged {min(logged):.0f} to "
+            parts[-1] += f"{max(logged):.0f} s, {sum(logged) / 3600:.1f} h summed)"
     return "; ".join(parts)
 
 
@@ -357,7 +370,9 @@ def page(script: str, runs: list[dict], metrics, claims, papers, explanations) -
     for arm in dict.fromkeys(run["arm"] for run in runs):
         own = [run for run in runs if run["arm"] == arm]
         walls = [run["wall_seconds"] for run in own if run["wall_seconds"]]
-        wall = f"{np.median(walls):.0f}" if walls else "resumed"
+        logged = [x for x in map(logged_seconds, own) if x]
+        wall = f"by the logged speed {np.median(logged):.0f}" if logged else "resumed"
+        wall = f"{np.median(walls):.0f}" if walls else wall
         made = [run["cache_warm"] for run in own].count(False)
         codes = ", ".join(dict.fromkeys(run["code"] for run in own))
         flags = f"`{' '.join(own[0]['flags'])}`" if own[0]["flags"] else "none"

@@ -155,6 +155,18 @@ def test_arms_are_compared_without_their_seeds():
     assert below["better"] == pytest.approx(1 - found["better"])
 
 
+def test_run_that_was_continued_took_no_time():
+    """A run that was interrupted has no wall time of its own. Where it logged a speed,
+    600 transitions at 10 and 30 a second, half of them each, took 40 s."""
+    speeds = dict(steps_per_second=[10.0, 30.0], transitions=[300, 600])
+    runs = [record("a", seed, e__x=[0.0, 1.0], **speeds) for seed in (1, 2)]
+    runs[0] |= dict(wall_seconds=None, cache_warm=None)
+    assert report.logged_seconds(runs[0]) == pytest.approx(40)
+    assert report.logged_seconds(record("a", 1, e__x=[0.0, 1.0])) is None
+    said = "wall time of a run 11 to 11 s, 0.0 h summed, 1 resumed, not timed (by the "
+    assert said + "speed they logged 40 to 40 s, 0.0 h summed)" in report.made_of(runs)
+
+
 def test_base_is_another_run():
     """Against "base" a run is compared with its own first evaluation."""
     runs = [record("a", s, e__x=[s, 99.0, s + 0.2 + s / 1e3]) for s in range(1, 6)]

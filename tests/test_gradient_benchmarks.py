@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from types import ModuleType
 
@@ -66,6 +67,32 @@ def test_snr_is_not_that_of_a_batch():
     assert row["snr"] < 0.005 and row["norm"] > 10
     row = module.summary(0 * noise, 0 * live, plain)
     assert row["signal"] == row["live"] == 0 and row["snr"] is row["cosine"] is None
+
+
+def test_time_of_an_interrupted_seed_is_short(tmp_path, monkeypatch):
+    """The seconds of a seed are those of all its work. Where some was there already,
+    from a call that was interrupted, they are not known; what was measured is not
+    measured again."""
+    module, calls = load("gradients"), []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "draw", lambda *_: None)
+    monkeypatch.setattr(module, "load_script", lambda name: name)
+
+    def measure(script, seed, flags):
+        calls.append(seed)
+        return {"step 0": {"plain": {"snr": float(seed)}}}
+
+    code = module.claims.code_now("prefixrl", "default")
+    (tmp_path / "work" / code / "s2" / "run-50").mkdir(parents=True)
+    flags = ["--seeds", "1", "2", "--work", str(tmp_path / "work"), "--out", "out"]
+    for _ in range(2):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["prefix_gradients.py", *flags])
+        module.measure_seeds(measure, "prefixrl", "Doc.", batches=2)
+        found = json.loads((tmp_path / "out/prefix_gradients.json").read_text())
+        assert found["seeds"]["2"] == {"step 0": {"plain": {"snr": 2.0}}}
+        assert found["seconds"]["1"] >= 0 and found["seconds"]["2"] is None
+    assert calls == [1, 2]
 
 
 @pytest.mark.parametrize(
