@@ -1024,6 +1024,9 @@ def main() -> None:
     args = parse_args()
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        name = [args.run_dir]
+        dist.broadcast_object_list(name)  # the ranks' clocks differ
+        args.run_dir = name[0]
     try:
         code = train(args)
     except KeyboardInterrupt:  # before the first step: there is nothing to save

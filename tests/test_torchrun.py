@@ -226,6 +226,28 @@ def test_resume_with_another_number_of_ranks(script, run, home, alone):
     assert distance(shared / "checkpoint", alone(script) / "checkpoint") < 1e-6
 
 
+WHERE = """
+import os, sys, time
+sys.path.insert(0, {tests!r})
+from conftest import load_script
+time.strftime = lambda *_: "second " + os.environ["RANK"]
+script = load_script({name!r})
+script.train = lambda args: print(args.run_dir) or 0
+script.main()
+"""
+
+
+@pytest.mark.parametrize("name", [*OWN, "ppo_envs"])
+def test_ranks_that_start_in_two_seconds_have_two_folders(name, run, tmp_path):
+    """Without --run-dir the time names the folder. Ranks that each read their own clock
+    look for logs where no other has written them: all take the first one's name."""
+    where = WHERE.format(tests=str(Path(__file__).parent), name=name)
+    (tmp_path / "where.py").write_text(where)
+    run(tmp_path / "where", 2, tmp_path, device="cpu")
+    said = (tmp_path / "out").read_text().splitlines()
+    assert said == [f"runs/{name}/second 0-s1"] * 2
+
+
 @pytest.mark.parametrize("how", ["the judge is down", "kill"])
 def test_a_rank_dies_and_the_others_wait(how, home, monkeypatch):
     """One rank gone, by an error in its reward or by the kernel for want of memory, and
