@@ -347,6 +347,12 @@ def load_model(name: str, args: Args) -> tuple:
                 raise ValueError(f"its logits are changed after the head by {key}")
         if not hasattr(config, "max_position_embeddings") or model._is_stateful:
             raise ValueError("it is no text model with a cache of keys and values")
+        ids = torch.tensor([[0, 1]], device=model.device)
+        with torch.no_grad():
+            hidden = model.base_model(ids).last_hidden_state
+            linear, logits = model.get_output_embeddings()(hidden), model(ids).logits
+        if not torch.allclose(linear, logits, atol=1e-4):
+            raise ValueError("its logits are more than a linear head of hidden states")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

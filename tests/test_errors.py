@@ -404,6 +404,20 @@ def test_model_that_cannot_be_decoded_is_a_traceback(refused, tmp_path):
     refused("--model", "./mamba", words=("./mamba", "keys and values"))
 
 
+def test_head_of_more_than_one_layer_is_scored_by_its_last(refused, tmp_path):
+    """ModernBERT has a dense layer and a norm between the last hidden state and the
+    head. Log-probs of the head alone are another model's, and no flag of its config
+    says so: two tokens do."""
+    tokenizer = char_tokenizer()
+    config = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16)
+    config |= dict(num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)
+    config |= dict(eos_token_id=1, bos_token_id=1, cls_token_id=1, sep_token_id=1)
+    config = transformers.ModernBertDecoderConfig(**config)
+    model = transformers.ModernBertDecoderForCausalLM(config)
+    save_model(tmp_path / "modern", model, tokenizer)
+    refused("--model", "./modern", words=("./modern", "head"))
+
+
 def test_answer_of_a_plug_in_is_no_json(grpo, monkeypatch):
     """The cache of the tiny model is named by a hash of the problems; an answer may be
     any object."""
