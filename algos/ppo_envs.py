@@ -70,7 +70,8 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 OWN = (  # names whose text may differ from that in grpo.py
-    "open_run", "save_checkpoint", "draw_curve", "check", "evaluate", "describe",
+    "blame", "open_run", "save_checkpoint", "draw_curve", "check", "evaluate",
+    "describe",
 )  # fmt: skip
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))

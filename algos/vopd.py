@@ -143,7 +143,11 @@ def blame(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        fail(f"{what}: {type(e).__name__}: {e}")
+        where = ""
+        for frame, file, line, *_ in inspect.trace(0):
+            if frame.f_globals.get("__name__") == "<run_path>":  # a task.py
+                where = f" ({file}, line {line})"
+        fail(f"{what}: {type(e).__name__}: {e}{where}")
 
 
 # ------------------------------------- Task -------------------------------------------
@@ -263,7 +267,8 @@ def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.
     """Rewards (B,) float32; an error or a non-number names its sample and stops."""
     rewards = []
     for i, (problem, text) in enumerate(zip(problems, texts)):
-        with blame(f"the reward failed on sample {i}, completion {text!r}"):
+        asked = f"prompt {str(problem.prompt)[:60]!r}, completion {text!r}"
+        with blame(f"the reward failed on sample {i}, {asked}"):
             rewards.append(reward(problem, text))
             if np.ndim(rewards[-1]) or not np.isfinite(rewards[-1]):
                 raise ValueError(f"{rewards[-1]} is not a finite number")

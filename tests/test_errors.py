@@ -230,16 +230,17 @@ def test_broken_plug_in_fails_after_the_model_is_loaded(refused, grpo, tmp_path,
 def test_reward_that_breaks_later_is_swallowed(cli, tmp_path):
     """An exception taken for reward 0 hides a broken reward for a whole run
     (https://github.com/verl-project/verl/issues/5839): the line has the sample's index,
-    its text and the reason, and the last checkpoint is whole."""
+    its prompt, its text, the reason and the place of it, and the last checkpoint is
+    whole."""
     calls = "CALLS = []\n\n\n" + PLUGIN.replace(
         "    return sum",
         "    CALLS.append(completion)\n    CALLS[26:] and 1 / 0\n    return sum",
     )
     # 1 trial, 4 in the evaluation, 8 in each step: the 27th is number 5 of step 3
     (tmp_path / "task.py").write_text(calls)
-    line = check(
-        cli("--steps", "9", "--save-every", "1"), "ZeroDivisionError", "sample 5"
-    )
+    place = calls[: calls.index("1 / 0")].count("\n") + 1
+    words = "ZeroDivisionError", "sample 5, prompt 'train ", f"(task.py, line {place})"
+    line = check(cli("--steps", "9", "--save-every", "1"), *words)
     logged = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").open()]
     assert [record["step"] for record in logged] == [0, 1, 2]
     text = line.partition("completion ")[2]
