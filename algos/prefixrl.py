@@ -916,10 +916,10 @@ def read_traces(
 ) -> dict[int, Trace]:
     """Traces {index: Trace} of a JSONL file, each verified: "ids" are used as they are,
     a "text" is tokenised once. A bad line is reported, and skipped or, with
-    --strict-traces, the end."""
+    --strict-traces, the end; a reward that fails is always the end."""
     traces, places = {}, {str(p.prompt): i for i, p in enumerate(problems)}
     with blame(f"cannot read {file}"):
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = list(Path(file).open(encoding="utf-8"))
     for number, line in enumerate(lines, 1):
         try:
             item = json.loads(line)
@@ -938,7 +938,8 @@ def read_traces(
                 raise ValueError("its ids are no ids of this tokenizer")
             if len(prompts[i]) + len(ids) > longest:
                 raise ValueError("it does not fit into the context")
-            if reward(problems[i], tokenizer.decode(ids, skip_special_tokens=True)) < 1:
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            if score(reward, [problems[i]], [text]) < 1:
                 raise ValueError("its answer is wrong")
             logprob = item.get("logprob")
             usable = type(logprob) in (int, float) and -math.inf < logprob <= 0

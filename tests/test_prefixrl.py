@@ -702,6 +702,34 @@ def test_bad_trace_is_used_or_stops_the_run(cli, tmp_path, name):
     assert metrics_of(tmp_path / "run")[0]["flops_traces"] == 0
 
 
+@pytest.mark.parametrize("value", ['float("nan")', "1 / 0"])
+def test_reward_that_fails_on_a_trace_makes_it_a_wrong_one(cli, tmp_path, value):
+    """A reward's bug is no bad line of --traces: swallowed, all traces are skipped one
+    by one, and nan is not below 1. It ends the run before anything is written."""
+    broken = f'if completion == "abcd":\n        return {value}\n    return sum'
+    (tmp_path / "task.py").write_text(PLUGIN.replace("return sum", broken))
+    (tmp_path / "given.jsonl").write_text('{"prompt": "train 1:", "text": "abcd"}\n')
+    result = cli(traces="given.jsonl")
+    assert result.code == 2 and "prompt 'train 1:'" in result.errors[0], result
+    assert "skipped" not in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_trace_is_cut_at_a_separator_inside_it(script, tmp_path):
+    """JSON may hold U+2028 or U+0085 as they are: they end no line."""
+    line = {"prompt": "p\u2028", "text": "a\u0085b"}
+    (tmp_path / "given.jsonl").write_text(json.dumps(line, ensure_ascii=False), "utf-8")
+    tokenizer = char_tokenizer()
+    given = (
+        str(tmp_path / "given.jsonl"),
+        tokenizer,
+        [[5]],
+        [script.Problem("p\u2028", 0)],
+    )
+    args = cpu_args(script, strict_traces=True)
+    traces = script.read_traces(*given, lambda *_: 1.0, 100, args)
+    assert traces == {0: script.Trace([*tokenizer("a\u0085b")["input_ids"], 1])}
+
+
 @pytest.mark.parametrize("logprob", ["NaN", "-Infinity", "0.5", "null", '"-3"', "-3"])
 def test_importance_weight_is_no_number(cli, tmp_path, logprob):
     """JSON as Python reads it has NaN: one such log-prob and all weights are NaN. A
