@@ -449,10 +449,11 @@ def tiny_model(problems: list[Problem], seed: int, steps: int, width=128) -> str
     if not solved:
         fail("the tiny model needs worked answers to start from: give a --model")
     parts = warm_start, token_logprobs, Logprobs, last_hidden, pad
-    defined = [[inspect.getsource(part) for part in parts], solved, seed, steps, width]
+    defined = [[inspect.getsource(part) for part in parts], seed, steps, width]
+    defined += [(p.prompt, p.solution) for p in solved]
     defined += [torch.__version__, transformers.__version__]
-    defined = json.dumps(defined, default=repr)
-    name = f"tiny-{hashlib.sha256(defined.encode()).hexdigest()[:16]}"
+    defined = json.dumps(defined).encode()
+    name = f"tiny-{hashlib.sha256(defined).hexdigest()[:16]}"
     path, new = Path("runs/cache", name), Path("runs/cache", f"{name}.{os.getpid()}")
     if not path.exists() and RANK == 0:
         for part in warm_start(solved, seed, steps, width):

@@ -323,10 +323,11 @@ def tiny_model(problems: list[Problem], seed: int, steps: int, width=128) -> str
     if not solved:
         fail("the tiny model needs worked answers to start from: give a --model")
     parts = warm_start, token_logprobs, Logprobs, last_hidden, pad
-    defined = [[inspect.getsource(part) for part in parts], solved, seed, steps, width]
+    defined = [[inspect.getsource(part) for part in parts], seed, steps, width]
+    defined += [(p.prompt, p.solution) for p in solved]
     defined += [torch.__version__, transformers.__version__]
-    defined = json.dumps(defined, default=repr)
-    name = f"tiny-{hashlib.sha256(defined.encode()).hexdigest()[:16]}"
+    defined = json.dumps(defined).encode()
+    name = f"tiny-{hashlib.sha256(defined).hexdigest()[:16]}"
     path, new = Path("runs/cache", name), Path("runs/cache", f"{name}.{os.getpid()}")
     if not path.exists() and RANK == 0:
         for part in warm_start(solved, seed, steps, width):
@@ -828,7 +829,8 @@ def search_folder(models: tuple, tokenizer, posed: tuple, args: Args) -> Path:
     ]
     defined += [[getattr(args, name) for name in names.split()]]
     defined += [torch.__version__, transformers.__version__, torch.get_num_threads()]
-    digest.update(json.dumps(defined, default=str).encode())
+    with blame("the answers name the cache of what is tried, so they must be JSON"):
+        digest.update(json.dumps(defined).encode())
     return Path("runs/cache", f"search-{digest.hexdigest()[:16]}")
 
 

@@ -419,17 +419,17 @@ def test_head_of_more_than_one_layer_is_scored_by_its_last(refused, tmp_path):
     refused("--model", "./modern", words=("./modern", "head"))
 
 
-def test_answer_of_a_plug_in_is_no_json(grpo, monkeypatch):
-    """The cache of the tiny model is named by a hash of the problems; an answer may be
-    any object."""
-
-    def warm_start(problems, seed, steps, width):
-        sys.exit(7)
-
-    monkeypatch.setattr(grpo, "warm_start", warm_start)
-    with pytest.raises(SystemExit) as stop:
-        grpo.tiny_model([grpo.Problem("1", {1, 2}, "1")], 1, steps=2)
-    assert stop.value.code == 7
+def test_answer_of_a_plug_in_names_the_cache(grpo, monkeypatch, tmp_path):
+    """The tiny model starts from prompts and worked answers. An answer may be any
+    object; its address, or the order of a set, is another one in each process, which
+    would warm its model up anew and leave another folder."""
+    names = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(grpo, "warm_start", lambda *_: ())
+    monkeypatch.setattr(Path, "rename", lambda self, new: names.append(new.name))
+    for solution, answer in (("1", object()), ("1", {1, 2}), ("2", 0)):
+        grpo.tiny_model([grpo.Problem("1", answer, solution)], 1, steps=2)
+    assert names[0] == names[1] != names[2]
 
 
 @pytest.mark.parametrize("name", ["grpo", "vopd", "prefixrl", "dmpo"])

@@ -1042,6 +1042,15 @@ def test_cache_of_another_search_is_used(cli, script, tmp_path, model):
     assert len({same, *others}) == len(others) + 1
 
 
+def test_cache_is_named_by_an_address(cli, tmp_path):
+    """An answer that is no JSON has a name of its own in each process, and a search of
+    hours is done anew: one line, before anything is written."""
+    (tmp_path / "task.py").write_text(PLUGIN.replace(": i}", ": {i}}"))
+    result = cli()
+    assert result.code == 2 and "must be JSON" in result.errors[0], result
+    assert not (tmp_path / "runs").exists()
+
+
 WORKER = """
 import json, os, sys
 import torch.distributed as dist
