@@ -380,19 +380,17 @@ def load_model(name: str, args: Args) -> tuple:
 
 
 def load_teacher(problems: list[Problem], args: Args) -> tuple:
-    """The teacher, which never gets gradients (in bf16 for a GPU), on the CPU, and its
-    tokenizer; for the tiny student a wider model, trained for longer and on more
-    problems."""
+    """The teacher, which never gets gradients (in bf16 if --dtype is), on the CPU, and
+    its tokenizer; for the tiny student a wider model, trained for longer and, if the
+    task is built in, on more problems."""
     name = args.teacher
     if not name:
-        held_out = {str(problem.prompt) for problem in load_task(args)[1]}
-        for k in (1000, 2000, 3000):
-            more = load_task(dataclasses.replace(args, seed=args.seed + k))[0]
-            problems = problems + [x for x in more if str(x.prompt) not in held_out]
+        for k in () if args.data or args.task.endswith(".py") else (1000, 2000, 3000):
+            more = dataclasses.replace(args, seed=args.seed + k)
+            problems = problems + load_task(more)[0]  # seeds do not mix the splits
         name = tiny_model(problems, args.seed, steps=args.teacher_steps, width=128)
     teacher, tokenizer = load_model(name, dataclasses.replace(args, device="cpu"))
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    return teacher.to(dtype).requires_grad_(False), tokenizer
+    return teacher.to(getattr(torch, args.dtype)).requires_grad_(False), tokenizer
 
 
 class SharedTeacher:

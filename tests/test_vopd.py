@@ -769,9 +769,11 @@ def test_run_cannot_be_saved(vopd, cli, folders, tmp_path):
     assert vopd.stop_ids(saved, tokenizer) == [1, 50]
 
 
-def test_teacher_is_trained_on_held_out_problems(vopd, cli, tmp_path, monkeypatch):
-    """The built-in teacher sees more problems than the student, drawn with other seeds:
-    a plug-in that splits by seed would put the run's held-out ones among them."""
+def test_teacher_is_trained_on_held_out_problems(vopd, folders, tmp_path, monkeypatch):
+    """The built-in teacher sees more problems than the student, drawn with other seeds.
+    A plug-in that splits by seed would put the run's held-out ones among them, others
+    would be read three times more: of these it has the student's own."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "task.py").write_text(
         "def problems(split, seed):\n"
         "    for i in range(70):\n"
@@ -779,12 +781,23 @@ def test_teacher_is_trained_on_held_out_problems(vopd, cli, tmp_path, monkeypatc
         "            yield dict(prompt=f'{i}:', answer=1, solution='1')\n\n\n"
         "def reward(problem, completion):\n    return 0.0\n"
     )
-    args = cpu_args(vopd, task="task.py", eval_prompts=10, prompts_per_step=2, seed=3)
-    problems, held_out, _ = vopd.load_task(args)
     seen = []
-    monkeypatch.setattr(vopd, "tiny_model", lambda x, *_, **__: seen.append(x) or "no")
-    with pytest.raises(SystemExit):
+    there = lambda problems, *_, **__: seen.append(problems) or folders[1]
+    monkeypatch.setattr(vopd, "tiny_model", there)
+    for task in "task.py", "countdown":
+        args = cpu_args(vopd, task=task, eval_prompts=10, prompts_per_step=2, seed=3)
+        problems, held_out, _ = vopd.load_task(args)
         vopd.load_teacher(problems, args)
-    asked = {problem.prompt for problem in held_out}
-    assert len(asked) == 10 and not asked & {problem.prompt for problem in seen[0]}
-    assert {problem.prompt for problem in problems} <= {x.prompt for x in seen[0]}
+        asked = {problem.prompt for problem in held_out}
+        assert len(asked) == 10 and not asked & {problem.prompt for problem in seen[-1]}
+        assert {problem.prompt for problem in problems} <= {x.prompt for x in seen[-1]}
+    assert len(seen[0]) == 60 and len(seen[1]) == 4 * 20_000
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_teacher_of_a_gpu_is_in_bf16_whatever_dtype_says(vopd, folders, dtype):
+    """--dtype float32 is there for exact log-probs, and the teacher's are half of the
+    loss."""
+    args = cpu_args(vopd, device="cuda", dtype=dtype, teacher=folders[1])
+    teacher, _ = vopd.load_teacher([], args)
+    assert {x.dtype for x in teacher.parameters()} == {getattr(torch, dtype)}
