@@ -983,7 +983,9 @@ def coefficients(loss: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
 def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, float]:
     """args.updates_per_batch optimiser steps on one batch; statistics of the last one.
     Rows without advantage are skipped (unless the KL or L_DM needs them) but counted
-    in Z. Micro-batches hold whole groups if there is an L_DM."""
+    in Z. The entropy is that of the rows not skipped: with an L_DM of all, without one,
+    as in grpo.py, of those with an advantage (0 if there is none). Micro-batches hold
+    whole groups if there is an L_DM."""
     model.train()  # gradient checkpointing asks for it; there is no dropout
     mask, width = rollout.completion_mask, rollout.completion_mask.shape[1]
     if args.mask_truncated:
