@@ -41,8 +41,8 @@ so are 512 samples of a hard problem and 2,500 tries for a trace, of which the c
 below, with 7 million tokens at most to find the hard ones, is a small version.
 
     python algos/prefixrl.py
-    python algos/prefixrl.py --model Qwen/Qwen3-0.6B-Base --data train.jsonl \\
-        --candidates 200 --hard-k 32 --trace-cap 256 --max-new-tokens 1024 \\
+    python algos/prefixrl.py --model Qwen/Qwen3-0.6B-Base --data train.jsonl \
+        --candidates 200 --hard-k 32 --trace-cap 256 --max-new-tokens 1024 \
         --micro-batch-size 4 --gradient-checkpointing
 
 The first, with nothing to download, learns chains of nine moves, all of one skill, from

@@ -315,3 +315,19 @@ def test_copied_script_needs_more_or_its_help_lacks_a_flag(tmp_path, name):
     for i, j in zip(starts, [*starts[1:], len(lines)]):
         text = " ".join(line.partition("  # ")[2] for line in lines[i:j])
         assert text.strip(), f"no help for {lines[i]}"
+
+
+@pytest.mark.parametrize("name", ["grpo", "vopd", "prefixrl", "dmpo", "ppo_envs"])
+def test_command_of_the_docstring_cannot_be_copied(name):
+    """A line that ends in two backslashes, as Python would print one, ends the command
+    there in a shell: what stands in the source is what is copied."""
+    source = script_path(name).read_text("utf-8").partition('"""\n\nfrom')[0]
+    commands = re.findall(
+        rf"^    .*python.* algos/{name}.py((?:.*\\\n)*.*)$", source, re.M
+    )
+    assert len(commands) >= 2
+    fields = {f.name for f in dataclasses.fields(load_script(name).Args)}
+    for command in commands:
+        words = command.replace("\\\n", " ").split()
+        flags = {x[2:].replace("-", "_") for x in words if x.startswith("--")}
+        assert "\\" not in " ".join(words) and flags <= fields
