@@ -111,7 +111,7 @@ class Args:
     clip_low: float = 0.2  # e_low: ratios are clipped at 1 - e_low
     clip_high: float = 0.28  # e_high: ratios are clipped at 1 + e_high
     advantage_scale: Literal["std", "none"] = "std"  # divide by the group's std, or not
-    normalization: Literal["token", "sequence", "constant"] = "token"  # of L_GRPO
+    normalization: Literal["token", "sequence", "constant"] = "token"  # L_GRPO per what
     dm_coef: float = 2.0  # lambda: weight of the distribution matching, 0 is GRPO
     dm_temperature: float = 1 / 15  # alpha: the smaller, the sharper is the target p
     dm_divergence: Literal["mse", "forward-kl", "js"] = "mse"  # between p and q

@@ -138,7 +138,7 @@ class Args:
     clip_low: float = 0.2  # e_low: ratios are clipped at 1 - e_low
     clip_high: float = 0.28  # e_high: ratios are clipped at 1 + e_high
     advantage_scale: Literal["std", "none"] = "none"  # divide by the group's std?
-    normalization: Literal["token", "sequence", "constant"] = "token"  # w and Z above
+    normalization: Literal["token", "sequence", "constant"] = "token"  # loss per what?
     kl_coef: float = 0.0  # beta: weight of the KL to the initial model (LoRA: its base)
     mask_truncated: bool = False  # leave cut-off completions out of the loss
     eval_every: int = 50  # steps between evaluations

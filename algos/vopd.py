@@ -106,7 +106,7 @@ class Args:
     task: str = "countdown"  # countdown, countdown-4 (numbers), ... or a task.py
     data: str = ""  # JSONL file of {"prompt": ...}, perhaps "answer", instead of --task
     eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)
-    estimator: Literal[ESTIMATORS] = "vopd"  # of the KL's gradient: the table above
+    estimator: Literal[ESTIMATORS] = "vopd"  # KL's gradient; topk and clip are biased
     top_k: int = 100  # tokens in the KL of vopd-topk and topk (at most V)
     clip_lambda: float = 0.1  # lam of clip, between 0 and 1
     prompts_per_step: int = 256  # prompts in a batch, over all ranks

@@ -315,6 +315,7 @@ def test_copied_script_needs_more_or_its_help_lacks_a_flag(tmp_path, name):
     for i, j in zip(starts, [*starts[1:], len(lines)]):
         text = " ".join(line.partition("  # ")[2] for line in lines[i:j])
         assert text.strip(), f"no help for {lines[i]}"
+        assert " above" not in text, lines[i]  # there is nothing above in --help
 
 
 @pytest.mark.parametrize("name", ["grpo", "vopd", "prefixrl", "dmpo", "ppo_envs"])
