@@ -259,6 +259,11 @@ def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
         fail(
             f"{' or '.join(files)}: {counts}, and a step takes {args.prompts_per_step}"
         )
+    ends = [len(p.solution) for p in train if p.solution and isinstance(p.prompt, str)]
+    cut = [n for n in ends if n >= args.max_new_tokens]  # a token each, and EOS
+    if args.model == "tiny" and len(cut) > len(ends) / 2:
+        least = f"most worked answers are longer, the longest {max(cut) + 1} tokens"
+        fail(f"--max-new-tokens {args.max_new_tokens} is too few: {least}")
     score(reward, train[:1], [train[0].solution])  # a broken reward ends here
     return train, held_out, reward
 

@@ -433,6 +433,21 @@ def test_answer_of_a_plug_in_names_the_cache(grpo, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["grpo", "vopd", "prefixrl", "dmpo"])
+def test_answers_that_do_not_fit_are_trained_on(name, capsys):
+    """The tiny model is warmed up on whole answers and then cut off in the middle of
+    nearly all: every reward is 0, and nothing says why. Half of them must fit, EOS
+    too."""
+    script = load_script(name)
+    task, longest = ("chain-9", 9) if name == "prefixrl" else ("countdown-2", 8)
+    for model, tokens in (("tiny", longest + 1), ("a folder", 5)):
+        flags = dict(task=task, model=model, max_new_tokens=tokens)
+        assert script.load_task(script.Args(**flags))[0]
+    with pytest.raises(SystemExit) as stop:
+        script.load_task(script.Args(task=task, max_new_tokens=5))
+    assert stop.value.code == 2 and "--max-new-tokens 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["grpo", "vopd", "prefixrl", "dmpo"])
 def test_steps_of_the_warm_start_are_fixed(name, monkeypatch, tmp_path):
     """--tiny-steps is dropped on its way to the built-in model."""
     script, asked = load_script(name), []
