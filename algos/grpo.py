@@ -1074,6 +1074,9 @@ def train(args: Args) -> int:
     longest = model.config.max_position_embeddings - args.max_new_tokens
     prompts = encode_prompts(tokenizer, problems, longest)
     tests = encode_prompts(tokenizer, held_out, longest)
+    first = np.random.default_rng([args.seed, 1, 0]).permutation(len(problems))[0]
+    if RANK == 0:
+        tqdm.write(f"first prompt: {tokenizer.decode(prompts[first])!r}")
     how = dict(lr=0.0, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **how)
     if args.resume:
@@ -1121,7 +1124,6 @@ def train(args: Args) -> int:
         shown |= {"tokens/s": round(metrics["tokens_per_second"])}
         bar.set_postfix(shown, GB=metrics["peak_memory_gb"])
         if step == 1 and RANK == 0:
-            tqdm.write(f"first prompt: {sample['prompt']!r}")
             tqdm.write(f"first completion: {rollout.texts[0]!r}")
             tqdm.write("a loss near 0 is normal: watch the reward and pass@1")
         if (stop or step % args.save_every == 0 or step == args.steps) and RANK == 0:

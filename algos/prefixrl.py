@@ -1596,6 +1596,8 @@ def train(args: Args) -> int:
     tests = encode_prompts(tokenizer, held_out, longest), held_out
     # phase 1 takes prompts that leave room for a trace of its own
     prompts = encode_prompts(tokenizer, problems, longest - args.max_new_tokens)
+    if RANK == 0:
+        tqdm.write(f"first prompt: {tokenizer.decode(prompts[0])!r}")
     how = dict(lr=0.0, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **how)
     posed, sampler = (prompts, problems, reward), model
@@ -1670,7 +1672,7 @@ def train(args: Args) -> int:
         shown |= {"tokens/s": round(metrics["tokens_per_second"])}
         bar.set_postfix(shown, GB=metrics["peak_memory_gb"])
         if step == 1 and RANK == 0:
-            tqdm.write(f"first prompt: {sample['prompt']!r}")
+            tqdm.write(f"first prompt of a batch: {sample['prompt']!r}")
             tqdm.write(f"first completion: {sample['completions'][0]!r}")
             tqdm.write("a loss near 0 is normal: watch the reward and pass@1")
         if (stop or step % args.save_every == 0 or end) and RANK == 0:

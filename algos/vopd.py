@@ -1206,6 +1206,9 @@ def train(args: Args) -> int:
     longest = min(longest) - args.max_new_tokens
     prompts = encode_prompts(tokenizer, problems, longest)
     tests = encode_prompts(tokenizer, held_out, longest)
+    first = np.random.default_rng([args.seed, 1, 0]).permutation(len(problems))[0]
+    if RANK == 0:
+        tqdm.write(f"first prompt: {tokenizer.decode(prompts[first])!r}")
     how = dict(lr=0.0, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **how)
     if args.resume:
@@ -1258,7 +1261,6 @@ def train(args: Args) -> int:
             del metrics["reward_mean"], sample["rewards"]
         write_logs(args, metrics, sample)
         if step == 1 and RANK == 0:
-            tqdm.write(f"first prompt: {sample['prompt']!r}")
             tqdm.write(f"first completion: {rollout.texts[0]!r}")
             tqdm.write("a loss near 0 is normal: watch reverse_kl")
         if (stop or step % args.save_every == 0 or step == args.steps) and RANK == 0:

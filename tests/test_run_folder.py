@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from conftest import (
     PLUGIN,
     ROOT,
     char_tokenizer,
+    cpu_args,
     load_script,
     metrics_of,
     run_script,
@@ -77,6 +79,32 @@ def test_sample_or_its_reward_is_missing(cli, tmp_path):
         for text, reward in zip(line["completions"], line["rewards"]):
             assert reward == sum(x.isascii() and x.islower() for x in text) / 4
     assert len({line["prompt"] for line in lines[-3:]}) > 1
+
+
+@pytest.mark.parametrize("name", ["grpo", "vopd", "prefixrl", "dmpo"])
+def test_wrong_template_is_seen_too_late(
+    name, cli, small_folder, tmp_path, monkeypatch, capsys
+):
+    """A prompt that lacks its template, or has two, is a look away, but not if it is
+    shown an evaluation or a search of hours later; nor only to who starts anew. The
+    completion that follows is one of it."""
+    script = load_script(name)
+    slow = "find_traces" if name == "prefixrl" else "evaluate"
+    with monkeypatch.context() as patched:
+        patched.setattr(script, slow, lambda *_: sys.exit(7))
+        patched.setattr(signal, "signal", lambda *_: None)
+        small = dict(task="task.py", model=small_folder, run_dir="not", eval_prompts=2)
+        small |= dict(prompts_per_step=2)
+        small |= dict(teacher=small_folder) if name == "vopd" else {}
+        with pytest.raises(SystemExit):
+            script.train(cpu_args(script, **small))
+    assert capsys.readouterr().out.startswith("first prompt: 'train ")
+    if name == "grpo":
+        whole, more = cli("--steps", 1), cli("--resume", "run", "--steps", 2)
+        sample = [json.loads(x) for x in (tmp_path / "run/samples.jsonl").open()][1]
+        shown = f"first prompt: {sample['prompt']!r}\n"
+        answer = f"first completion: {sample['completions'][0]!r}\n"
+        assert shown + answer in whole.stdout and shown in more.stdout
 
 
 def test_run_cannot_be_reproduced_from_its_folder(cli, grpo, tmp_path, monkeypatch):
