@@ -1086,11 +1086,12 @@ def train(args: Args) -> int:
     run_dir, stops = Path(args.run_dir), []
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
         signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
-    if RANK == 0:
-        open_run(args, step)
     if step == 0:
         metrics = evaluate(model, tokenizer, tests, held_out, reward, args)
         pass_1 = metrics["eval/pass@1"]
+    if RANK == 0:  # a reward that fails in the evaluation leaves no folder
+        open_run(args, step)
+    if step == 0:
         write_logs(args, {"step": 0} | metrics, {})
     n, group_size = args.prompts_per_step, args.group_size
     steps = range(step + 1, args.steps + 1)

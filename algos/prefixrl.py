@@ -1498,27 +1498,14 @@ def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, floa
     return metrics | {"peak_memory_gb": peak / 2**30}
 
 
-@contextlib.contextmanager
-def resumable(args: Args) -> Iterator[None]:
-    """Ctrl-C before the first step: what was tried is cached, the base model saved."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        tqdm.write(f"stopped before the first step; to go on: --resume {args.run_dir}")
-        sys.exit(130)
-
-
-def begin(model, tokenizer, optimizer, hard, traces, tests, reward, args) -> dict:
-    """Imitation if asked for, and the first evaluation; a checkpoint."""
+def begin(model, tokenizer, hard, traces, tests, reward, args) -> dict:
+    """Imitation if asked for, and the first evaluation."""
     everything = tests, hard, traces, reward, args
     metrics = evaluate_all(model, tokenizer, *everything) | {"flops_sft": 0}
     if args.sft_epochs:
         metrics["flops_sft"] = imitate(model, hard[0], traces, args)
         after = evaluate_all(model, tokenizer, *everything)
         metrics |= {key.replace("eval/", "sft/"): x for key, x in after.items()}
-    if RANK == 0:
-        save_checkpoint(Path(args.run_dir), 0, model, tokenizer, optimizer)
-        print(f"{len(hard[0])} hard problems, {len(traces)} of them with a trace")
     return metrics
 
 
@@ -1584,10 +1571,8 @@ def train(args: Args) -> int:
     other = args.trace_model or ("careful" if args.model == "tiny" else "base")
     other = other if needs_traces(args) and not args.traces else "base"
     name, other = (built_in(x, problems, args) for x in (args.model, other))
-    problems, log = problems[: args.candidates], run_dir / "metrics.jsonl"
-    begun = bool(args.resume and log.exists() and b"\n" in log.read_bytes())
-    last = run_dir / "checkpoint"
-    model, tokenizer = load_model(str(last) if begun else name, args)
+    problems, last = problems[: args.candidates], run_dir / "checkpoint"
+    model, tokenizer = load_model(str(last) if args.resume else name, args)
     add_lora(model, args)
     reference = None
     if args.kl_coef:
@@ -1601,7 +1586,7 @@ def train(args: Args) -> int:
     how = dict(lr=0.0, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **how)
     posed, sampler = (prompts, problems, reward), model
-    if begun:
+    if args.resume:
         state = torch.load(last / "state.pt", args.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
@@ -1615,21 +1600,15 @@ def train(args: Args) -> int:
             ids = "{} for the model, {} there".format(*stops)
             how = f"ends its answers by other tokens ({ids})"
             fail(f"--trace-model {other} {how}: give --traces instead")
-    if args.traces and not begun:
-        given = read_traces(args.traces, tokenizer, *posed, longest, args)
-    if RANK == 0:
-        open_run(args, step)
-    if begun:
+    if args.resume:
         found = [json.loads(line) for line in (run_dir / "traces.jsonl").open()]
+        logs = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]  # whole lines
+        metrics = [r for r in map(json.loads, logs) if r["step"] <= step][-1]
     else:  # phase 1
-        if RANK == 0:  # from here on --resume works, whatever the phase
-            save_checkpoint(run_dir, 0, model, tokenizer, optimizer)
-        with resumable(args):
-            found, metrics = find_traces(model, sampler, tokenizer, posed, given, args)
+        if args.traces:
+            given = read_traces(args.traces, tokenizer, *posed, longest, args)
+        found, metrics = find_traces(model, sampler, tokenizer, posed, given, args)
         sampler = None  # its memory is free again
-        if RANK == 0:
-            lines = "".join(f"{json.dumps(record)}\n" for record in found)
-            (run_dir / "traces.jsonl").write_text(lines)
     asked = {i: str(problem.prompt) for i, problem in enumerate(problems)}
     if any(asked.get(r["problem"]) != str(r["prompt"]) for r in found):
         fail("the problems are not those that this run began with: start a new one")
@@ -1639,22 +1618,24 @@ def train(args: Args) -> int:
     if args.prefixes_per_problem and not prefixed:
         fail("all prefixes are empty: give a higher --prefix-low and --prefix-high")
     plain = [(i, []) for i in range(len(found))]
-    everything = hard, traces, tests, reward, args
-    if not begun:
-        with resumable(args):
-            metrics |= begin(model, tokenizer, optimizer, *everything)
-            spent = sum(x for key, x in metrics.items() if key[:6] == "flops_")
-            metrics |= {"step": 0, "flops": spent, "prefixed_problems": len(prefixed)}
-            write_logs(args, metrics, {})
-    if WORLD_SIZE > 1:
-        dist.barrier()  # until metrics.jsonl is there
-    done = [json.loads(line) for line in log.open()][-1]
-    total, pass_1 = done["flops"], done.get("eval/hard_pass@1", math.nan)
+    if not args.resume:
+        metrics |= begin(model, tokenizer, hard, traces, tests, reward, args)
+        spent = sum(x for key, x in metrics.items() if key[:6] == "flops_")
+        metrics |= {"step": 0, "flops": spent, "prefixed_problems": len(prefixed)}
+    total, pass_1 = metrics["flops"], metrics.get("eval/hard_pass@1", math.nan)
     if 0 < args.max_flops <= total:
         fail(f"--max-flops {args.max_flops:.3g}: {total:.3g} are spent at step {step}")
     stops = []
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
         signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
+    if RANK == 0:  # what ends before leaves no folder; the same command goes on
+        open_run(args, step)
+    if RANK == 0 and not args.resume:
+        lines = "".join(f"{json.dumps(record)}\n" for record in found)
+        (run_dir / "traces.jsonl").write_text(lines)
+        write_logs(args, metrics, {})
+        save_checkpoint(run_dir, 0, model, tokenizer, optimizer)
+        print(f"{len(found)} hard problems, {len(traces)} of them with a trace")
     steps = range(step + 1, args.steps + 1)
     bar = tqdm(steps, initial=step, total=args.steps, disable=RANK > 0)
     for step in bar:  # phase 3
@@ -1703,6 +1684,7 @@ def main() -> None:
     try:
         code = train(args)
     except KeyboardInterrupt:  # before the first step: there is nothing to save
+        tqdm.write("stopped before the first step; what was tried is cached")
         sys.exit(130)
     if WORLD_SIZE > 1:
         dist.barrier()  # a rank that leaves before the others makes them fail

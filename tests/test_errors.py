@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import signal
 import socket
 import sys
 import time
@@ -247,6 +248,29 @@ def test_reward_that_breaks_later_is_swallowed(cli, tmp_path):
     assert text[0] in "'\"" and text[1:5].strip(text[0])
     state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
     assert state["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["grpo", "vopd", "dmpo", "prefixrl"])
+def test_reward_that_breaks_at_once_leaves_half_a_run(
+    name, small_folder, tmp_path, monkeypatch, capsys
+):
+    """A reward that fails on a model's text, not on the trial, fails in the search or
+    the first evaluation. A folder made before that would refuse the same command once
+    the reward is mended, and be no run to resume either."""
+    script, broken = load_script(name), "    1 / bool(not completion)\n    return sum"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    flags = f"--task task.py --model {small_folder} --device cpu --steps 1"
+    flags += " --run-dir run --prompts-per-step 2 --max-new-tokens 4 --eval-prompts 2"
+    flags += f" --teacher {small_folder}" * (name == "vopd")
+    flags += " --candidates 8 --prefixes-per-problem 0" * (name == "prefixrl")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags.split()])
+    (tmp_path / "task.py").write_text(PLUGIN.replace("    return sum", broken))
+    with pytest.raises(SystemExit) as stop:
+        script.train(script.parse_args())
+    assert stop.value.code == 2 and "ZeroDivisionError" in capsys.readouterr().err
+    (tmp_path / "task.py").write_text(PLUGIN)
+    assert script.train(script.parse_args()) == 0
 
 
 def test_missing_model_shows_a_traceback(refused, tmp_path):

@@ -977,13 +977,13 @@ def test_resume_loses_the_prefixes_or_the_flops(cli, tmp_path):
         check_same_run(tmp_path / half, tmp_path / whole)
 
 
-@pytest.mark.parametrize("where", ["cached", "imitate", "evaluate_all", "write_logs"])
+@pytest.mark.parametrize("where", ["cached", "imitate", "evaluate_all"])
 def test_kill_before_the_first_step_loses_the_run(
     cli, script, tmp_path, monkeypatch, where
 ):
     """Search and imitation may take longer than RL: a run that dies in the middle of
-    either (or between the last checkpoint and the first line of the log) resumes, does
-    not try again what was tried, and ends as the untouched run does."""
+    either leaves no folder that stands in the way, and the same command does not try
+    again what was tried, and ends as the untouched run does."""
     changes = dict(sft_epochs=2, steps=3)
     assert cli(run_dir="whole", **changes).code == 0
     shutil.rmtree(tmp_path / "runs")
@@ -998,13 +998,14 @@ def test_kill_before_the_first_step_loses_the_run(
         return real(*args)
 
     monkeypatch.setattr(script, where, dies)
-    stopped = cli(run_dir="half", **changes)
-    assert stopped.code == 130 and "--resume half" in stopped.stdout
+    with pytest.raises(KeyboardInterrupt):
+        cli(run_dir="half", **changes)
+    assert not (tmp_path / "half").exists()
     monkeypatch.setattr(script, where, real)
     tried = script.attempts
     again = functools.wraps(tried)(lambda *args: made.append(args[-2]) or tried(*args))
     monkeypatch.setattr(script, "attempts", again)
-    assert cli("--resume", "half", "--steps", "3").code == 0
+    assert cli(run_dir="half", **changes).code == 0
     check_same_run(tmp_path / "half", tmp_path / "whole")
     folders = [*(tmp_path / "runs/cache").iterdir()]
     chunks = len([*folders[0].iterdir()])
@@ -1048,7 +1049,7 @@ def test_cache_is_named_by_an_address(cli, tmp_path):
     (tmp_path / "task.py").write_text(PLUGIN.replace(": i}", ": {i}}"))
     result = cli()
     assert result.code == 2 and "must be JSON" in result.errors[0], result
-    assert not (tmp_path / "runs").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"task.py"}
 
 
 WORKER = """
@@ -1156,13 +1157,17 @@ def test_flags_that_contradict_each_other(cli, tmp_path):
 
 def test_search_that_finds_nothing_trains_on_nothing(cli, tmp_path):
     """Without hard problems, or without a single trace where one is needed, the run
-    ends in one line that says what to change."""
+    ends in one line that says what to change; so does one whose search has cost all
+    that may be spent. None leaves a folder in the way of the changed command."""
     (tmp_path / "easy.py").write_text(PLUGIN.replace("/ 4", "* 0 + 1"))
     result = cli(task="easy.py")
     assert result.code == 2 and "hard" in result.errors[0]
     (tmp_path / "never.py").write_text(PLUGIN.replace("/ 4", "/ 400"))
-    result = cli(task="never.py", run_dir="never", trace_cap=8)
+    result = cli(task="never.py", trace_cap=8)
     assert result.code == 2 and "--trace-cap" in result.errors[0]
+    result = cli(max_flops=1)
+    assert result.code == 2 and "--max-flops" in result.errors[0]
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------ Combination lock --------------------------------------
@@ -1232,5 +1237,6 @@ def test_prefixes_end_in_plain_rl_unseen(cli, tmp_path):
     --plain-share says; and traces that nothing uses need no model."""
     result = cli(prefix_low=0, prefix_high=0.01, steps=1)
     assert result.code == 2 and "prefixes are empty" in result.errors[0], result
+    assert not (tmp_path / "run").exists()
     result = cli(prefixes_per_problem=0, trace_model="nowhere", run_dir="new")
     assert result.code == 2 and "--trace-model has no effect" in result.errors[0]
