@@ -411,6 +411,19 @@ def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.
     return torch.tensor(rewards, dtype=torch.float32)
 
 
+def hash_prompts(problems: list[Problem], args: Args) -> int:
+    """Of all prompts: they must be those of the other ranks and of the run's start."""
+    text = str([problem.prompt for problem in problems]).encode()
+    known = saved = int(hashlib.sha256(text).hexdigest()[:15], 16)
+    ends = all_reduce(torch.tensor([known, -known], device=args.device), "MAX")
+    if args.resume:
+        about = json.loads(Path(args.resume, "args.json").read_text())
+        saved = about.get("prompts_hash", known)
+    if ends.sum() or saved != known:
+        fail("problems differ between ranks, or from when the run began: give the same")
+    return known
+
+
 # ------------------------------------- Model ------------------------------------------
 
 
@@ -1122,7 +1135,7 @@ def evaluate(model, tokenizer, prompts, problems, reward, args) -> dict[str, flo
 # ----------------------------------- Run folder ---------------------------------------
 
 
-def open_run(args: Args, step: int) -> None:
+def open_run(args: Args, step: int, prompts_hash: int | None = None) -> None:
     """Make the folder of a new run, or cut the logs of a resumed one after `step`."""
     run_dir, here = Path(args.run_dir), Path(__file__).parent
     with blame(f"cannot open the run folder {run_dir}"):
@@ -1138,6 +1151,7 @@ def open_run(args: Args, step: int) -> None:
         about = {"python": sys.version, "torch": torch.__version__}
         about |= {"transformers": transformers.__version__, "commit": commit.strip()}
         about |= {"hardware": f"{os.cpu_count()} CPU cores, {gpu}", "args": vars(args)}
+        about |= {"prompts_hash": prompts_hash}
         (run_dir / "args.new").write_text(json.dumps(about, indent=1))
         (run_dir / "args.new").replace(run_dir / "args.json")
 
@@ -1303,6 +1317,7 @@ def train(args: Args) -> int:
     """Sample, score, compare, update, log; evaluate and save every now and then."""
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
+    known = hash_prompts(problems + held_out, args)
     name = args.model
     if name == "tiny":
         name = tiny_model(problems, args.seed, args.tiny_steps)
@@ -1331,7 +1346,7 @@ def train(args: Args) -> int:
         metrics = evaluate(model, tokenizer, tests, held_out, reward, args)
         qr = metrics["eval/qr"]
     if RANK == 0:  # a reward that fails in the evaluation leaves no folder
-        open_run(args, step)
+        open_run(args, step, known)
     if step == 0:
         write_logs(args, {"step": 0} | metrics, {})
     n, group_size = args.prompts_per_step, args.group_size

@@ -285,6 +285,19 @@ def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.
     return torch.tensor(rewards, dtype=torch.float32)
 
 
+def hash_prompts(problems: list[Problem], args: Args) -> int:
+    """Of all prompts: they must be those of the other ranks and of the run's start."""
+    text = str([problem.prompt for problem in problems]).encode()
+    known = saved = int(hashlib.sha256(text).hexdigest()[:15], 16)
+    ends = all_reduce(torch.tensor([known, -known], device=args.device), "MAX")
+    if args.resume:
+        about = json.loads(Path(args.resume, "args.json").read_text())
+        saved = about.get("prompts_hash", known)
+    if ends.sum() or saved != known:
+        fail("problems differ between ranks, or from when the run began: give the same")
+    return known
+
+
 # ------------------------------------- Model ------------------------------------------
 
 
@@ -1311,7 +1324,7 @@ def draw_prefix_success(run_dir: Path) -> None:
 # ----------------------------------- Run folder ---------------------------------------
 
 
-def open_run(args: Args, step: int) -> None:
+def open_run(args: Args, step: int, prompts_hash: int | None = None) -> None:
     """Make the folder of a new run, or cut the logs of a resumed one after `step`."""
     run_dir, here = Path(args.run_dir), Path(__file__).parent
     with blame(f"cannot open the run folder {run_dir}"):
@@ -1327,6 +1340,7 @@ def open_run(args: Args, step: int) -> None:
         about = {"python": sys.version, "torch": torch.__version__}
         about |= {"transformers": transformers.__version__, "commit": commit.strip()}
         about |= {"hardware": f"{os.cpu_count()} CPU cores, {gpu}", "args": vars(args)}
+        about |= {"prompts_hash": prompts_hash}
         (run_dir / "args.new").write_text(json.dumps(about, indent=1))
         (run_dir / "args.new").replace(run_dir / "args.json")
 
@@ -1567,6 +1581,7 @@ def train(args: Args) -> int:
     """Find hard problems and traces; cut prefixes; RL on both kinds of problem."""
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
+    known = hash_prompts(problems + held_out, args)
     run_dir, step, given = Path(args.run_dir), 0, None
     other = args.trace_model or ("careful" if args.model == "tiny" else "base")
     other = other if needs_traces(args) and not args.traces else "base"
@@ -1609,9 +1624,6 @@ def train(args: Args) -> int:
             given = read_traces(args.traces, tokenizer, *posed, longest, args)
         found, metrics = find_traces(model, sampler, tokenizer, posed, given, args)
         sampler = None  # its memory is free again
-    asked = {i: str(problem.prompt) for i, problem in enumerate(problems)}
-    if any(asked.get(r["problem"]) != str(r["prompt"]) for r in found):
-        fail("the problems are not those that this run began with: start a new one")
     hard = tuple([x[r["problem"]] for r in found] for x in (prompts, problems))
     traces = {i: Trace(r["ids"], r["logprob"]) for i, r in enumerate(found) if r["ids"]}
     prefixed = cut_prefixes(traces, tokenizer.eos_token_id, args)  # phase 2
@@ -1629,7 +1641,7 @@ def train(args: Args) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
         signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
     if RANK == 0:  # what ends before leaves no folder; the same command goes on
-        open_run(args, step)
+        open_run(args, step, known)
     if RANK == 0 and not args.resume:
         lines = "".join(f"{json.dumps(record)}\n" for record in found)
         (run_dir / "traces.jsonl").write_text(lines)

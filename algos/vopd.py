@@ -280,6 +280,19 @@ def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.
     return torch.tensor(rewards, dtype=torch.float32)
 
 
+def hash_prompts(problems: list[Problem], args: Args) -> int:
+    """Of all prompts: they must be those of the other ranks and of the run's start."""
+    text = str([problem.prompt for problem in problems]).encode()
+    known = saved = int(hashlib.sha256(text).hexdigest()[:15], 16)
+    ends = all_reduce(torch.tensor([known, -known], device=args.device), "MAX")
+    if args.resume:
+        about = json.loads(Path(args.resume, "args.json").read_text())
+        saved = about.get("prompts_hash", known)
+    if ends.sum() or saved != known:
+        fail("problems differ between ranks, or from when the run began: give the same")
+    return known
+
+
 # ------------------------------------- Model ------------------------------------------
 
 
@@ -1017,7 +1030,7 @@ def evaluate(
 # ----------------------------------- Run folder ---------------------------------------
 
 
-def open_run(args: Args, step: int) -> None:
+def open_run(args: Args, step: int, prompts_hash: int | None = None) -> None:
     """Make the folder of a new run, or cut the logs of a resumed one after `step`."""
     run_dir, here = Path(args.run_dir), Path(__file__).parent
     with blame(f"cannot open the run folder {run_dir}"):
@@ -1033,6 +1046,7 @@ def open_run(args: Args, step: int) -> None:
         about = {"python": sys.version, "torch": torch.__version__}
         about |= {"transformers": transformers.__version__, "commit": commit.strip()}
         about |= {"hardware": f"{os.cpu_count()} CPU cores, {gpu}", "args": vars(args)}
+        about |= {"prompts_hash": prompts_hash}
         (run_dir / "args.new").write_text(json.dumps(about, indent=1))
         (run_dir / "args.new").replace(run_dir / "args.json")
 
@@ -1187,6 +1201,7 @@ def train(args: Args) -> int:
     """Sample, let the teacher score, update, log; evaluate and save now and then."""
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
+    known = hash_prompts(problems + held_out, args)
     if args.data and any(p.answer is None for p in problems + held_out):
         reward = None
     teacher, teacher_tokenizer = load_teacher(problems, args)
@@ -1224,7 +1239,7 @@ def train(args: Args) -> int:
         kl = metrics["eval/reverse_kl"]
         metrics |= {x.replace("eval/", "eval/teacher_"): best[x] for x in best}
     if RANK == 0:  # a reward that fails in the evaluation leaves no folder
-        open_run(args, step)
+        open_run(args, step, known)
     if step == 0:
         write_logs(args, {"step": 0} | metrics, {})
     n, group_size = args.prompts_per_step, args.group_size

@@ -250,27 +250,54 @@ def test_reward_that_breaks_later_is_swallowed(cli, tmp_path):
     assert state["step"] == 2
 
 
-@pytest.mark.parametrize("name", ["grpo", "vopd", "dmpo", "prefixrl"])
-def test_reward_that_breaks_at_once_leaves_half_a_run(
-    name, small_folder, tmp_path, monkeypatch, capsys
-):
+SCRIPTS = "grpo", "vopd", "dmpo", "prefixrl"
+
+
+@pytest.fixture
+def train(small_folder, tmp_path, monkeypatch, capsys):
+    """train(name, plugin, *flags): exit code and stderr of a small run of that script,
+    in this process, with a task.py."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    new = f"--task task.py --model {small_folder} --device cpu --steps 1 --run-dir run"
+    new += " --prompts-per-step 2 --max-new-tokens 4 --eval-prompts 2"
+    more = {"vopd": f" --teacher {small_folder}"}
+    more |= {"prefixrl": " --candidates 8 --prefixes-per-problem 0"}
+
+    def run(name: str, plugin: str, *flags: str) -> tuple[int, str]:
+        script, words = load_script(name), flags or (new + more.get(name, "")).split()
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+        (tmp_path / "task.py").write_text(plugin)
+        try:
+            code = script.train(script.parse_args())
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_reward_that_breaks_at_once_leaves_half_a_run(name, train):
     """A reward that fails on a model's text, not on the trial, fails in the search or
     the first evaluation. A folder made before that would refuse the same command once
     the reward is mended, and be no run to resume either."""
-    script, broken = load_script(name), "    1 / bool(not completion)\n    return sum"
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    flags = f"--task task.py --model {small_folder} --device cpu --steps 1"
-    flags += " --run-dir run --prompts-per-step 2 --max-new-tokens 4 --eval-prompts 2"
-    flags += f" --teacher {small_folder}" * (name == "vopd")
-    flags += " --candidates 8 --prefixes-per-problem 0" * (name == "prefixrl")
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags.split()])
-    (tmp_path / "task.py").write_text(PLUGIN.replace("    return sum", broken))
-    with pytest.raises(SystemExit) as stop:
-        script.train(script.parse_args())
-    assert stop.value.code == 2 and "ZeroDivisionError" in capsys.readouterr().err
-    (tmp_path / "task.py").write_text(PLUGIN)
-    assert script.train(script.parse_args()) == 0
+    broken = PLUGIN.replace("return", "1 / bool(not completion)\n    return")
+    code, errors = train(name, broken)
+    assert code == 2 and "ZeroDivisionError" in errors
+    assert train(name, PLUGIN)[0] == 0
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_run_goes_on_with_other_problems(name, train):
+    """The order of the data is by place: a file that has grown, or a plug-in that goes
+    through a set, makes a resumed run another one, in silence. The line says so."""
+    assert train(name, PLUGIN)[0] == 0
+    for change in "range(1, 13)", "range(13)", "reversed(range(12))":
+        other = PLUGIN.replace("range(12)", change)
+        code, errors = train(name, other, "--resume", "run", "--steps", "2")
+        assert code == 2 and "error: problems differ" in errors, change
+    assert train(name, PLUGIN, "--resume", "run", "--steps", "2")[0] == 0
 
 
 def test_missing_model_shows_a_traceback(refused, tmp_path):

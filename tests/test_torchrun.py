@@ -226,6 +226,17 @@ def test_resume_with_another_number_of_ranks(script, run, home, alone):
     assert distance(shared / "checkpoint", alone(script) / "checkpoint") < 1e-6
 
 
+@pytest.mark.parametrize("script", [*OWN])
+def test_each_rank_has_its_own_problems(script, run, home):
+    """A plug-in that goes through a set of texts yields another order in each process:
+    every rank trains on what it takes for its share, and nobody on the rest."""
+    mixed = 'for i in range(14)[:: 1 - 2 * int(os.environ["RANK"])]:'
+    (home / "task.py").write_text(TASK.replace("for i in range(14):", mixed))
+    with pytest.raises(AssertionError, match="error: problems differ"):
+        run(script, 2, home, **COMMON | OWN[script])
+    assert not (home / "run").exists()
+
+
 WHERE = """
 import os, sys, time
 sys.path.insert(0, {tests!r})
