@@ -5,10 +5,10 @@
 
 The task, the base model, the order of the prompts, the reward and the evaluation (same
 held-out problems, same noise) are those of grpo.py, which is loaded for them; sampling,
-advantages, loss, optimiser step and their loop are TRL's. The learning rate rises as in
-grpo.py. Flags that TRL is not told of here are refused. There is no checkpoint: a run
-that is interrupted starts again. `python benchmarks/claims.py grpo --arms default,trl`
-compares the two learning curves.
+advantages, loss, optimiser step and their loop are TRL's, its checkpoints too (in
+<run>/trl; <run>/checkpoint/state.pt has the step of the last one, for --resume). The
+learning rate rises as in grpo.py. Flags that TRL is not told of here are refused.
+`python benchmarks/claims.py grpo --arms default,trl` compares the two learning curves.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from trl import GRPOConfig, GRPOTrainer
 GRPO = Path(__file__).resolve().parent.parent / "algos" / "grpo.py"
 TOLD = "seed steps run_dir prompts_per_step group_size max_new_tokens temperature "
 TOLD += "learning_rate warmup_steps max_grad_norm micro_batch_size clip_low clip_high "
-TOLD += "eval_every eval_prompts eval_samples save_every device dtype"
+TOLD += "eval_every eval_prompts eval_samples save_every device dtype tiny_steps resume"
 
 
 def load_grpo():
@@ -70,7 +70,9 @@ def config_of(args) -> GRPOConfig:
         use_cpu=True,
         dataloader_pin_memory=False,
         logging_strategy="no",
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=args.save_every,
+        save_total_limit=2,  # state.pt may still name the last but one
         report_to=[],
         disable_tqdm=True,
     )
@@ -119,11 +121,20 @@ def main() -> None:
             log(state.global_step, {"reward_mean": float(np.mean(step_rewards))})
             print(f"step {state.global_step} of {state.max_steps}", end="\r")
 
-    grpo.open_run(args, 0)
+        def on_save(self, _, state, *args, **kwargs):
+            saved.parent.mkdir(exist_ok=True)
+            torch.save({"step": state.global_step}, saved.with_suffix(".new"))
+            saved.with_suffix(".new").replace(saved)
+
+    saved, done = Path(args.run_dir, "checkpoint", "state.pt"), 0
+    if args.resume:
+        done = torch.load(saved)["step"]
+    grpo.open_run(args, done)
     about = Path(args.run_dir, "args.json")
     trl = {"trl": importlib.metadata.version("trl")}
     about.write_text(json.dumps(json.loads(about.read_text()) | trl, indent=1))
-    log(0, {})
+    if not done:
+        log(0, {})
     kwargs = dict(lr=args.learning_rate, weight_decay=0.0)
     optimizer = torch.optim.AdamW(model.parameters(), **kwargs)
     warm = lambda done: min(1.0, (done + 1) / max(args.warmup_steps, 1))
@@ -136,7 +147,7 @@ def main() -> None:
         train_dataset=Dataset.from_list(rows),
         callbacks=[Log()],
         optimizers=(optimizer, schedule),
-    ).train()
+    ).train(f"{args.run_dir}/trl/checkpoint-{done}" if done else None)
 
 
 if __name__ == "__main__":

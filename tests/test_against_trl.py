@@ -7,13 +7,18 @@ TRL's own code computes every expected number: its trainer gets our tokens, thro
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import char_tokenizer, small_qwen3
+from conftest import ROOT, char_tokenizer, small_qwen3
 
 pytest.importorskip("trl", reason="pip install -r benchmarks/requirements.txt")
 from datasets import Dataset
+from safetensors.torch import load_file
 from trl import GRPOConfig, GRPOTrainer
 
 GROUPS, GROUP_SIZE, LENGTH, TEMPERATURE = 3, 4, 7, 0.7
@@ -209,3 +214,25 @@ def test_gradient_of_a_whole_update_equals_trl(
     assert largest > 0.01
     for gradient, p in zip(gradients, trainer.model.parameters(), strict=True):
         torch.testing.assert_close(gradient, p.grad, rtol=1e-5, atol=2e-6 * largest)
+
+
+def test_interrupted_trainer_starts_anew(tmp_path, monkeypatch):
+    """TRL's trainer in the place of grpo.py, stopped after two of four steps and taken
+    up with --resume, logs what an uninterrupted one does and ends at its weights."""
+    monkeypatch.chdir(tmp_path)
+    flags = "--tiny-steps 5 --prompts-per-step 4 --group-size 4 --micro-batch-size 8 "
+    flags += "--eval-every 2 --save-every 2 --eval-prompts 8 --eval-samples 4"
+    command = [sys.executable, str(ROOT / "benchmarks" / "trl_grpo.py")]
+    first = ["--run-dir", "cut", *flags.split()]
+    calls = [*first, "--steps", "2"], ["--resume", "cut", "--steps", "4"]
+    for more in (*calls, ["--run-dir", "whole", *flags.split(), "--steps", "4"]):
+        done = subprocess.run([*command, *more], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    cut, whole = (Path(name, "metrics.jsonl").read_text() for name in ("cut", "whole"))
+    assert [json.loads(line)["step"] for line in cut.splitlines()] == [0, 1, 2, 3, 4]
+    assert cut == whole
+    weights = [
+        load_file(f"{name}/trl/checkpoint-4/model.safetensors")
+        for name in ("cut", "whole")
+    ]
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
