@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results"))
-    flags = parser.parse_args()
+    flags, start = parser.parse_args(), time.perf_counter()
     gpu = "no GPU"
     if flags.device == "cuda":
         gpu = memory.in_process(torch.cuda.get_device_name)
@@ -152,6 +152,7 @@ def main() -> None:
     for v in flags.sizes:
         result["vocabularies"][v] = measure(v, flags)
         print(text := table(result), flush=True)
+    result["wall_seconds"] = time.perf_counter() - start
     folder = Path(flags.out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "estimator_cost.json").write_text(json.dumps(result, indent=1) + "\n")
