@@ -5,13 +5,14 @@
 
 Rewritten is what stands in README.md between <!-- KIND:SCRIPT --> and <!-- end -->:
 
-    cell      one line for the table of algorithms
+    cell      what the default arm reached, for the table of algorithms
+    findings  what the claims say, for that table
     results   the default arm's metrics and the verdicts of the claims
     picture   benchmarks/results/<script>.png
     numbers   the table of another benchmark, from its JSON file: vs_trl,
               estimator_cost, gradient_variance, prefix_gradients, combination_lock,
               env_speed; memory: of memory-cpu.json; gpu: of the first gpu-<name>.json;
-              again: of the folder again/
+              again: of the folder again/; hours: what all runs took
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import sys
 from collections import Counter
 
 import claims
+import env_speed as speed
 import gradients
 import report
 from gpu_presets import PRESETS
@@ -52,6 +54,44 @@ CELLS = {  # of the metric: its gain or its end; seeds, worst seed, wall time
         "500 over 100 episodes",
     ),
 }
+FINDINGS = {  # (claim, the verdict that makes it true, sentence)
+    "grpo": [
+        ("TRL: its trainer has the same learning curve", "replicated",
+         "Within 0.05 of the pass@1 of TRL's trainer at every evaluation."),
+        ("Ours: two updates on a batch end higher than one", "replicated",
+         "Two updates on a batch raise pass@1"),
+        ("Ours: two updates cost less than 0.02 of pass@8", "not replicated",
+         "and lower pass@8."),
+    ],
+    "vopd": [
+        ("vOPD: the baseline ends at a lower reverse KL than none", "replicated",
+         "The baseline ends closer to the teacher than none,"),
+        ("vOPD: a top-k baseline costs less than 0.02 of reverse KL", "replicated",
+         "a top-k one as close;"),
+        ("vOPD: its reverse KL is less than 0.02 above the full estimator's",
+         "not replicated", "the full-vocabulary KL stays ahead of it."),
+    ],
+    "prefixrl": [
+        ("PrefixRL: solves more hard problems than RL at equal FLOPs", "replicated",
+         "Ahead of plain RL and"),
+        ("PrefixRL: solves more than off-policy RL at equal FLOPs", "replicated",
+         "off-policy RL,"),
+        ("PrefixRL: solves more than SFT, then RL, at equal FLOPs", "not replicated",
+         "but behind imitation of the same traces with RL after it."),
+    ],
+    "dmpo": [
+        ("DMPO: the quality ratio is above GRPO's", "inconclusive",
+         "At the paper's lambda nearly GRPO: which answers are better is open,"),
+        ("DMPO: more distinct feasible answers among 16 than with GRPO", "replicated",
+         "slightly more of them are distinct."),
+    ],
+    "ppo_envs": [
+        ("Ours: up to 1,024 environments, more end higher with the recipe",
+         "replicated", "On Breakout more environments end higher up to 1,024,"),
+        ("1M environments: with the recipe, more of them end higher", "not replicated",
+         "beyond that not at equal transitions."),
+    ],
+}  # fmt: skip
 NOT_YET = "not measured yet"
 PACKAGES = "torch", "transformers"
 ABOUT_GPU = (
@@ -70,7 +110,7 @@ OF_SCRIPT = {  # whose code a benchmark measures
     "prefix_gradients": "prefixrl",
     "env_speed": "ppo_envs",
 }
-KINDS = "cell|results|picture|numbers"
+KINDS = "cell|findings|results|picture|numbers"
 MARKED = re.compile(rf"(<!-- ({KINDS}):(\w+) -->)(.*?)(<!-- end -->)", re.S)
 
 
@@ -99,6 +139,15 @@ def cell(script: str, runs: list[dict]) -> str:
         found["gap"] = sum(way(a, b, metric, a[teacher]) for a, b in ends) / len(ends)
         found["kl"] = sum(way(a, b, kl, 0) for a, b in ends) / len(ends)
     return text.format(**found)
+
+
+def findings(script: str, runs: list[dict]) -> str:
+    """What the claims say; it ends where a sentence is for another verdict."""
+    by = {claim.text: claim for claim in claims.CLAIMS[script]}
+    for text, expected, _ in FINDINGS[script] if runs else []:
+        if (found := report.judge(runs, by[text])["verdict"]) != expected:
+            sys.exit(f"error: {text!r} is {found}: rewrite what FINDINGS says of it")
+    return " ".join(x for *_, x in FINDINGS[script]) if runs else NOT_YET
 
 
 def picture(script: str, runs: list[dict]) -> str:
@@ -207,12 +256,13 @@ def gradient_claims(name: str, found: dict) -> tuple[list[str], list[list[str]]]
     for claim in claims.GRADIENT_CLAIMS[name]:
         for policy in next(iter(found["seeds"].values())):
             judged = report.judge_gradients(found, policy, claim)
-            text = f"{claim.text} ({claim.metric}: {claim.a} - {claim.b})"
+            compared = f"{claim.metric} at {policy}: {claim.a} - {claim.b}"
+            text = f"{claim.text} ({compared})"
             ends = [judged.get(x) for x in ("difference", "low", "high")]
             ends = [report.number(x, "+") for x in ends if x is not None]
             gap = "{} [{}, {}]".format(*ends) if ends else ""
-            rows.append([text, policy, str(judged["seeds"]), gap, judged["verdict"]])
-    return ["claim", "policy", "seeds", "difference [95 %]", "verdict"], rows
+            rows.append([text, str(judged["seeds"]), gap, judged["verdict"]])
+    return ["claim", "seeds", "difference [95 %]", "verdict"], rows
 
 
 def gradient_table(found: dict, names: dict[str, str]) -> tuple[list, list]:
@@ -433,7 +483,7 @@ def memory(found: dict) -> tuple[str, list[str], list[list[str]]]:
 
 def again() -> str:
     """The default arms once more, with newer code, beside the published ones."""
-    rows = []
+    rows, made = [], []
     for script in claims.ARMS:
         newer, metric = read(f"again/{script}"), CELLS[script][0]
         published = [run for run in read(script) if run["arm"] == "default"]
@@ -443,14 +493,37 @@ def again() -> str:
             cells.append(report.spread([x[-1] - x[0] for x in values], "+"))
         name = f"`{script}.py`", metric.removeprefix("eval/"), str(len(newer))
         rows += [[*name, *cells]] if newer else []
+        made += newer
     columns = ["default arm of", "gain of", "seeds", "published", "with newer code"]
-    return f"\n{report.table(columns, rows) if rows else NOT_YET}\n\n"
+    shown = f"{report.made_of(made)}.\n\n{report.table(columns, rows)}"
+    return f"\n{shown if rows else NOT_YET}\n\n"
+
+
+def hours() -> str:
+    """What the runs took, summed; one that was resumed took what the others of its arm
+    did, or by the speed it logged."""
+    rows = []
+    for script in claims.ARMS:
+        runs, walls = read(script), []
+        for run in runs:
+            arm = [x["wall_seconds"] for x in runs if x["arm"] == run["arm"]]
+            others = [x for x in arm if x] or [report.logged_seconds(run) or math.nan]
+            walls.append(run["wall_seconds"] or statistics.median(others))
+        rows += [[f"claims.py {script}", f"{len(runs)} runs", sum(walls)]] * bool(runs)
+    for name in filter(read, claims.GRADIENT_CLAIMS):
+        walls = [x or math.nan for x in read(name).get("seconds", {}).values()]
+        rows.append([f"{name}.py", f"{len(walls)} seeds", sum(walls)])
+    total = sum(row[-1] for row in rows)
+    rows = [[f"`{name}`", what, f"{x / 3600:.1f}"] for name, what, x in rows]
+    rows.append(["all", "two at a time", f"{total / 3600:.1f}, {total / 7200:.1f} by "
+                 "the clock"])  # fmt: skip
+    return f"\n{report.table(['', '', 'hours'], rows)}\n\n"
 
 
 def numbers(name: str, found: dict) -> str:
     """The table of another benchmark, with its command."""
-    if name == "again":
-        return again()
+    if name in ("again", "hours"):
+        return again() if name == "again" else hours()
     file = name
     if name == "gpu":
         file = next((x.stem for x in sorted(claims.RESULTS.glob("gpu-*.json"))), name)
@@ -472,6 +545,8 @@ def numbers(name: str, found: dict) -> str:
     where = (claims.RESULTS / file).relative_to(claims.ROOT).as_posix()
     intro = f"[`python benchmarks/{name}.py`](benchmarks/{name}.py), {intro} "
     intro += f"{found['hardware']}; [all numbers]({where}.json)."
+    if "wall_seconds" in found:
+        intro += f" Measured in {found['wall_seconds'] / 60:.0f} minutes."
     own = OF_SCRIPT.get(name)
     code = {own: found.get("code")} if own else found.get("code", {})
     old = [f"{x}.py" for x in code if code[x] != claims.code_now(x, "default")]
@@ -482,7 +557,8 @@ def numbers(name: str, found: dict) -> str:
 
 def rewrite(text: str) -> str:
     """The README with every marked part as the JSON files have it."""
-    kinds = {"cell": cell, "picture": picture, "results": results, "numbers": numbers}
+    kinds = {"cell": cell, "findings": findings, "picture": picture}
+    kinds |= {"results": results, "numbers": numbers}
 
     def fill(match: re.Match) -> str:
         begin, kind, script, _, end = match.groups()
@@ -508,6 +584,8 @@ def main(argv: list[str] | None = None) -> int:
         found = read(name)
         if found and not check:
             gradients.draw(found, claims.RESULTS / f"{name}.png")
+    if not check and (found := read("env_speed")):
+        speed.draw(found, claims.RESULTS / "env_speed.png")
     path = claims.ROOT / "README.md"
     old = path.read_text()
     wrong += [

@@ -61,7 +61,12 @@ PICTURES = {  # suffix: (x, arms, metrics); x = k draws metric@k of the last eva
         ),
         "-ewma": (
             "transitions",
-            "recipe-64 ewma-16 ewma-64 ewma-256 cut",
+            "recipe-64 ewma-16 ewma-64 ewma-256",
+            "eval/episode_return",
+        ),
+        "-cut": (
+            "transitions",
+            "recipe-64 cut recipe-16 cut-16",
             "eval/episode_return",
         ),
     },
@@ -107,7 +112,8 @@ NOTE = """Interval: 95 % percentile bootstrap of the interquartile mean (IQM) ov
 seeds, 10,000 resamples. The strata of a stratified bootstrap are tasks: with one task
 there is one stratum, and it is the plain bootstrap. On normal data it holds the true
 value in 89 % of cases with 5 seeds and in 93 % with 10 (4,000 simulated samples), and
-nothing corrects for the number of claims. A - B: IQM of the differences seed by seed.
+nothing corrects for the number of claims. A - B: IQM of the differences seed by seed;
+at every evaluation: the largest of them, and an interval that spans all of theirs.
 P: the probability that a run of A is on the claimed side of one of B (for "equal":
 above it; Mann-Whitney U / n^2). For a rank correlation A - B is the IQM of Spearman's
 rho over seeds, P the share of seeds where it is above 0. The verdicts are computed by
@@ -381,10 +387,12 @@ def page(script: str, runs: list[dict], metrics, claims, papers, explanations) -
     parts = [f"# {script}", made_of(runs), table([*names, "code"], rows)]
     parts += [arm_table(runs, metrics), meanings(metrics)]
     parts.append(claim_table(runs, claims, papers))
+    explained = {}  # text: the claims that it is about
     for claim in claims:
-        word = judge(runs, claim)["verdict"]
-        if claim.text in explanations and word in ("not replicated", "inconclusive"):
-            parts.append(f"{claim.text}: **{word}**. {explanations[claim.text]}")
+        word, text = judge(runs, claim)["verdict"], explanations.get(claim.text)
+        if text and word in ("not replicated", "inconclusive"):
+            explained.setdefault(text, []).append(f"{claim.text}: **{word}**.")
+    parts += ["\n".join([*about, text]) for text, about in explained.items()]
     parts += [f"![{script}{x}]({script}{x}.png)" for x in drawn(script, runs)]
     return "\n\n".join([*parts, NOTE]) + "\n"
 

@@ -785,6 +785,39 @@ def test_results_of_older_code_pass_for_todays(papers):
     assert claims.code_now("grpo", "default") == now
 
 
+def test_finding_is_written_for_another_verdict(papers, monkeypatch, capsys):
+    """A sentence of the table of algorithms stands there only while its claim has the
+    verdict that it was written for."""
+    first, second, *_ = claims.CLAIMS["grpo"]
+    row = [(first.text, "replicated", "It learns,"), (second.text, R, "all of it.")]
+    monkeypatch.setitem(readme.FINDINGS, "grpo", row)
+    (papers / "README.md").write_text("| <!-- findings:grpo --><!-- end --> |\n"
+                                      "<!-- results:grpo --><!-- end -->")  # fmt: skip
+    assert readme.main([]) == 0
+    text = (papers / "README.md").read_text()
+    assert text.startswith(
+        "| <!-- findings:grpo -->It learns, all of it.<!-- end --> |"
+    )
+    monkeypatch.setitem(readme.FINDINGS, "grpo", [(first.text, N, "It does not.")])
+    with pytest.raises(SystemExit, match=r"^error: .*is replicated: rewrite"):
+        readme.main(["--check"])
+    assert (papers / "README.md").read_text() == text
+
+
+def test_run_without_a_time_counts_as_none(papers):
+    """What all takes: a run that was resumed counts as the others of its arm do, or by
+    the speed that it logged."""
+    runs = [record("default", seed, e__x=[1.0]) for seed in (1, 2, 3)]
+    runs += [record("long", 1, e__x=[1.0])]
+    for run, wall in zip(runs, (3600.0, 7200.0, None, None)):
+        run["wall_seconds"] = wall
+    runs[3]["evals"] = [{"step": 1, "transitions": 3600, "steps_per_second": 0.5}]
+    (claims.RESULTS / "grpo.json").write_text(json.dumps(runs))
+    table = readme.numbers("hours", [])
+    assert "| `claims.py grpo` | 4 runs | 6.5 |" in table
+    assert "| all | two at a time | 6.5, 3.2 by the clock |" in table
+
+
 def test_explanation_is_printed_beside_a_replicated_claim(papers, monkeypatch):
     """What was tried when a claim fails is printed only where the verdict is not
     replicated or inconclusive."""
@@ -798,6 +831,13 @@ def test_explanation_is_printed_beside_a_replicated_claim(papers, monkeypatch):
     assert "because" not in claims.page("grpo", runs)  # third is not measured
     other = [run | {"arm": "updates-2"} for run in runs[:4]]
     assert "third because" in claims.page("grpo", runs + other)
+    fourth = claims.CLAIMS["grpo"][3]
+    both = {third.text: "a reason", fourth.text: "a reason"}
+    monkeypatch.setattr(claims, "EXPLANATIONS", both)
+    other += [run | {"arm": "updates-4"} for run in runs[:4]]
+    page = claims.page("grpo", runs + other)
+    said = f"{third.text}: **{U}**.\n{fourth.text}: **{U}**.\na reason"
+    assert said in page and page.count("a reason") == 1
     assert "first because" not in claims.page("grpo", runs + other)
 
 

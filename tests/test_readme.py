@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -128,6 +129,18 @@ def test_link_or_picture_leads_nowhere():
         target = os.path.normpath(ROOT / path)
         assert Path(target).is_relative_to(ROOT) and Path(target).exists(), link
         assert path or anchor in headings, link
+
+
+def test_named_test_is_gone_or_of_another_report():
+    """A row with a test names one that is there, whose docstring has the report."""
+    rows = re.findall(
+        r"^\|.*\]\((https\S+)\) \| `(tests/\w+\.py)::(\w+)`", readme(), re.M
+    )
+    assert rows
+    for report, path, name in rows:
+        tree = ast.parse((ROOT / path).read_text("utf-8"))
+        named = [x for x in tree.body if getattr(x, "name", "") == name]
+        assert named and report in ast.get_docstring(named[0]), name
 
 
 def test_placeholder_is_left():
