@@ -20,6 +20,11 @@ PICTURES = {  # suffix: (x, arms, metrics); x = k draws metric@k of the last eva
         "-updates": ("step", "default updates-2 updates-4", "eval/pass@1"),
         "-normalization": ("step", "default sequence constant no-std", "eval/pass@1"),
         "-length": ("step", "default sequence constant", "samples/wrong_length"),
+        "-rambling": (
+            "step",
+            "rambling-sequence rambling-default rambling-constant",
+            "samples/wrong_length",
+        ),
         "-trl": ("step", "default trl", "eval/pass@1"),
     },
     "vopd": {
@@ -57,6 +62,11 @@ PICTURES = {  # suffix: (x, arms, metrics); x = k draws metric@k of the last eva
         "-long": (
             "transitions",
             "long-64 long-1024 long-4096 long-16384",
+            "eval/episode_return",
+        ),
+        "-wrong": (
+            "transitions",
+            "long-64 long-1024 long-size-1024 long-sqrt-1024",
             "eval/episode_return",
         ),
         "-ewma": (

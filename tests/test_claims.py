@@ -239,8 +239,8 @@ class Args:
 parser = argparse.ArgumentParser()
 for name in ("seed", "steps", "eval-every", "save-every", "eval-prompts", "bonus"):
     parser.add_argument(f"--{name}", type=int)
-parser.add_argument("--run-dir")
-parser.add_argument("--resume")
+for name in ("run-dir", "resume", "task"):
+    parser.add_argument(f"--{name}")
 args = parser.parse_args()
 with open("calls", "a") as calls:
     calls.write(json.dumps([args.run_dir, args.resume]) + chr(10))
@@ -423,6 +423,26 @@ def test_changed_code_keeps_its_old_numbers(lab):
     said = lab.run("--seeds", "1", "--arms", "default")
     assert "1 runs of other code, flags or versions do not count" in said
     assert lab.runs() == [new]  # from the work folder
+
+
+def test_edited_task_keeps_the_numbers_of_the_old_one(lab, monkeypatch):
+    """The task of an arm is code that its results depend on, and a run finds the one
+    of this checkout, whatever an earlier one left in the work folder."""
+    task = lab.root / "benchmarks" / "tasks" / "easy.py"
+    task.parent.mkdir(parents=True)
+    task.write_text("level = 1")
+    arms = {"default": "", "bonus": "--task tasks/easy.py"}
+    monkeypatch.setitem(claims.ARMS, "fake", arms)
+    old = lab.work / "fake" / "s1" / "tasks"
+    old.parent.mkdir(parents=True)
+    old.symlink_to(lab.work)
+    lab.run("--seeds", "1")
+    assert (old / "easy.py").read_text() == "level = 1"
+    codes = {run["arm"]: run["code"] for run in lab.runs()}
+    task.write_text("level = 2")
+    lab.run("--seeds", "1")
+    changed = {run["arm"] for run in lab.runs() if run["code"] != codes[run["arm"]]}
+    assert changed == {"bonus"} and lab.calls() == 3
 
 
 def test_arm_keeps_its_name_but_not_its_flags(lab, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -673,6 +674,42 @@ def test_task_does_not_reach_a_step(cli, tmp_path, monkeypatch):
     samples = [json.loads(line) for line in Path("run/samples.jsonl").open()]
     prompts = [sample["prompt"] for sample in samples if "prompt" in sample]
     assert prompts and all(prompt.startswith("[How many is ") for prompt in prompts)
+
+
+def test_dots_or_the_mark_are_rewarded(load):
+    """In rambling.py an answer is right by its sums alone: among all pairs of signs
+    those that lead to the target are, with either mark and any number of dots; a wrong
+    total, another number or anything after the dots is not."""
+    train, held_out, reward = load("rambling")
+    for problem in held_out[:50]:
+        a, b, c, target = problem.answer
+        for x, y in itertools.product("+-", repeat=2):
+            sums = [a + int(x + str(b)), a + int(x + str(b)) + int(y + str(c))]
+            for wrong, other in itertools.product((0, 1, -1), repeat=2):
+                first, second = sums[0] + wrong, sums[1] + wrong + other
+                text = f"{a}{x}{b}={first}{y}{c}={second}"
+                right = [first, second] == sums and second == target
+                for mark, dots in itertools.product("!?", (0, 1, 30)):
+                    assert reward(problem, text + mark + "." * dots) == right
+                for end in ("", ".", "!?", "!.!", "! ", "!\n"):
+                    assert reward(problem, text + end) == 0
+    assert reward(held_out[0], "15+1=16+3=19!") == 0  # of other numbers
+    assert {p.prompt for p in train}.isdisjoint(p.prompt for p in held_out)
+
+
+def test_worked_answers_ramble_when_they_are_wrong(load):
+    """rambling.py's worked answers are right in a quarter (any two signs of four, and
+    in some problems two pairs lead to the target), marked as what they are, and as long
+    behind one mark as behind the other: 6 dots in the mean."""
+    train, _, reward = load("rambling")
+    right = [p for p in train if reward(p, p.solution)]
+    wrong = [p for p in train if not reward(p, p.solution)]
+    assert len(train) > 15_000 and 0.25 < len(right) / len(train) < 0.29
+    for some, mark in ((right, "!"), (wrong, "?")):
+        ends = [re.search(r"[!?]\.*$", p.solution)[0] for p in some]
+        assert {end[0] for end in ends} == {mark}
+        assert abs(sum(map(len, ends)) / len(ends) - 7) < 0.15  # 5 standard errors
+        assert {len(end) for end in ends} == set(range(1, 14))
 
 
 def test_last_number_of_random_text_misread():
