@@ -10,13 +10,15 @@ Runs. Every run is a process of the script's own command line; nothing is import
 stands in <work>/<script>/s<seed>/, with that seed's runs/cache (base models, teachers,
 traces), which the arms share. What is finished is not run again, what was interrupted
 goes on by --resume from its last checkpoint. Each arm is run for all seeds before the
-next, so that what they share is made once. A record says whether a run added to its
-cache (cache_warm: false), because that is in its wall time. --jobs J runs J side by
-side, each with OMP_NUM_THREADS = cores / J. What is published has 5 seeds an arm, 10 if
-half of its runs take less than two minutes. --quick runs the default and, but for
-ppo_envs.py, one other arm of a script with two seeds, a tenth of the steps, 16 prompts
-a step, evaluations of 32 problems and a shorter warm start, for Countdown with two
-numbers, to see that all this works; it writes to the work folder alone.
+next, so that what they share is made once. An arm that is the first quarter of another
+(FIRST_QUARTER) is not run: its records are cut from the other's. A record says whether
+a run added to its cache (cache_warm: false), because that is in its wall time. --jobs J
+runs J side by side, each with OMP_NUM_THREADS = cores / J. What is published has 5
+seeds an arm, 10 if half of its runs take less than two minutes. --quick runs the
+default and, but for ppo_envs.py, one other arm of a script with two seeds, a tenth of
+the steps, 16 prompts a step, evaluations of 32 problems and a shorter warm start, for
+Countdown with two numbers, to see that all this works; it writes to the work folder
+alone.
 
 Identity. A run is known by its flags, its seed, the versions of torch and transformers
 and the hash of the program's syntax tree, which comments, docstrings and layout do not
@@ -96,6 +98,8 @@ def breakout(num_envs: int, more: str = "", times: int = 1) -> str:
 
 ENVS = 16, 64, 256, 1024, 4096, 16384
 WRONG = {"size": "minibatch-size", "sqrt": "minibatch-size-sqrt-lr"}
+FIRST_QUARTER = {f"recipe-{n}": f"long-{n}" for n in (64, 1024, 4096, 16384)}
+FIRST_QUARTER |= {f"{name}-1024": f"long-{name}-1024" for name in WRONG}
 ARMS: dict[str, dict[str, str]] = {  # name: flags; the first arm fills the caches
     "grpo": {
         "default": "",
@@ -160,6 +164,8 @@ ARMS: dict[str, dict[str, str]] = {  # name: flags; the first arm fills the cach
         "cut-16": breakout(16, "--ewma-com 256 --ewma-from 4097"),
     },
 }
+for part, whole in FIRST_QUARTER.items():  # their runs are those of the whole
+    ARMS["ppo_envs"][part] = ARMS["ppo_envs"][whole]
 OTHER_PROGRAM = {"trl": "benchmarks/trl_grpo.py"}  # arms that run it, with the same CLI
 QUICK = {"grpo": "updates-2", "vopd": "sampled", "dmpo": "grpo", "prefixrl": "rl"}
 EASY = {"grpo": "--task countdown-2 --tiny-steps 60", "dmpo": "--tiny-steps 60"}
@@ -663,6 +669,7 @@ def measure(script: str, args: argparse.Namespace) -> int:
         for job in jobs:
             job["flags"] = quick_flags(script, job["flags"])
     wanted = args.arms.split(",") if args.arms else wanted
+    wanted = {FIRST_QUARTER.get(arm, arm) for arm in wanted}
     path = out / f"{script}.json"
     found = json.loads(path.read_text()) if path.exists() else []
     runs = [record for record in found if valid(record, jobs, args.keep_old)]
@@ -705,9 +712,20 @@ def measure(script: str, args: argparse.Namespace) -> int:
     return failed
 
 
+def first_quarter(whole: dict, arm: str) -> dict:
+    """The record of an arm whose runs are the first quarters of another's."""
+    evals = whole["evals"][: (len(whole["evals"]) - 1) // 4 + 1]
+    about = {"arm": arm, "first_quarter_of": whole["arm"], "wall_seconds": None}
+    return whole | about | {"evals": evals}
+
+
 def write(runs: list[dict], path: Path) -> None:
-    """One run a line, in the order of the arms."""
-    order = list(ARMS[path.stem])
+    """One run a line, in the order of the arms; those in FIRST_QUARTER are cut anew."""
+    order, cut = list(ARMS[path.stem]), FIRST_QUARTER.items()
+    runs = [run for run in runs if run["arm"] not in FIRST_QUARTER]
+    runs += [
+        first_quarter(x, arm) for arm, whole in cut for x in runs if x["arm"] == whole
+    ]
     runs.sort(key=lambda run: (order.index(run["arm"]), run["seed"]))
     text = ",\n".join(json.dumps(run) for run in runs)
     path.with_suffix(".new").write_text(f"[\n{text}\n]\n")

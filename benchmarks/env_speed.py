@@ -1,6 +1,6 @@
 """Steps a second of algos/ppo_envs.py from 2^4 to 2^20 environments, beside its peers.
 
-    python benchmarks/env_speed.py [--largest 20] [--rounds 3]
+    python benchmarks/env_speed.py [--largest 20] [--rounds 5]
 
 Three counts for each number of CartPole-v1 environments: the environments alone, with
 the policy that acts in them, and everything (updates, logs). Peers, with the same
@@ -66,8 +66,8 @@ PACKAGES += "pufferlib", "gym"
 
 
 def sweep(num_envs: int, steps: int, length: int, compile: str) -> dict:
-    """The three counts of the script itself, started as a user starts it; the first of
-    the steps is not counted."""
+    """The three counts of the script itself, started as a user starts it: the median of
+    its steps, but for the first, and the least and the most."""
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--num-envs", num_envs, "--steps", steps + 1, "--compile", compile]
         flags += ["--rollout-length", length, "--eval-episodes", 2]
@@ -77,8 +77,9 @@ def sweep(num_envs: int, steps: int, length: int, compile: str) -> dict:
         subprocess.run(command, check=True, capture_output=True, cwd=folder)
         lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines][2:]
-    names = *COUNTS, "peak_memory_gb"
-    return {name: statistics.median(r[name] for r in records) for name in names}
+    of = {x: [line[x] for line in records] for x in (*COUNTS, "peak_memory_gb")}
+    row = {name: statistics.median(values) for name, values in of.items()}
+    return row | {"range": {x: [min(of[x]), max(of[x])] for x in COUNTS}}
 
 
 # Each of these gives (iteration, transitions in it): iteration() acts and learns once.
@@ -388,17 +389,23 @@ def in_turns(num_envs: int, rounds: int) -> dict:
 
 
 def draw(result: dict, path: Path) -> None:
-    """Steps a second over the number of environments; peers are single points."""
+    """Steps a second over the number of environments, with the range over rounds; peers
+    are single points."""
     axes = Figure(figsize=(7, 4.5), layout="constrained").add_subplot()
     envs, rows = [int(n) for n in result["ours"]], [*result["ours"].values()]
     for (name, label), style in zip(COUNTS.items(), ("k^:", "ks--", "ko-")):
         axes.loglog(envs, [row[name] for row in rows], style, markersize=4)
+        ends = zip(*(row["range"][name] for row in rows))
+        axes.fill_between(envs, *ends, color="0.6", alpha=0.4, linewidth=0)
         look = dict(textcoords="offset points", ha="right")
         axes.annotate(label, (envs[-1], rows[-1][name]), (0, 8), **look)
     peers = {k: x for k, x in result["in turns"].items() if not k.startswith("ours")}
     for row, marker in zip(peers.values(), "Dx+*v"):
-        place, look = (row["num_envs"], row["steps_per_second"]), dict(markersize=8)
-        axes.loglog(*place, "k" + marker, fillstyle="none", **look)
+        middle, walls = row["steps_per_second"], [wall for wall, _ in row["seconds"]]
+        speeds = [middle * statistics.median(walls) / wall for wall in walls]
+        ends = [[middle - min(speeds)], [max(speeds) - middle]]
+        look = dict(markersize=8, fillstyle="none", elinewidth=1, capsize=3)
+        axes.errorbar(row["num_envs"], middle, ends, fmt="k" + marker, **look)
     for n in {
         row["num_envs"] for row in peers.values()
     }:  # named together: they overlap
@@ -407,7 +414,8 @@ def draw(result: dict, path: Path) -> None:
         look = dict(textcoords="offset points", va="top", fontsize=8)
         names = "everything, by\n" + ",\n".join(beside)
         axes.annotate(names, (n, lowest), (8, -6), **look)
-    axes.set(xlabel="environments", ylabel="steps/s", title="CartPole-v1, PPO")
+    axes.set(xlabel="environments", ylabel="steps of an environment, per second")
+    axes.set_title("CartPole-v1, PPO: median and range of the rounds", fontsize=10)
     axes.set_ylim(bottom=3000, top=3 * rows[-1]["env_steps_per_second"])
     axes.figure.savefig(path, dpi=120)
 
@@ -425,7 +433,7 @@ def main() -> None:
     parser.add_argument("--smallest", type=int, default=4, help="log2 of environments")
     parser.add_argument("--largest", type=int, default=20, help="log2 of environments")
     parser.add_argument("--every", type=int, default=4, help="step of the log2")
-    parser.add_argument("--rounds", type=int, default=3, help="those measured")
+    parser.add_argument("--rounds", type=int, default=5, help="those measured")
     parser.add_argument(
         "--beside", type=int, default=1024, help="environments with JAX"
     )
@@ -448,7 +456,7 @@ def main() -> None:
         length = max(1, min(512, 2**15 // 2**power))
         row = sweep(2**power, flags.rounds, length, flags.compile)
         result["ours"][2**power] = row | {"rollout_length": length}
-        print(2**power, {k: round(v, 2) for k, v in row.items()}, flush=True)
+        print(2**power, {k: round(row[k], 2) for k in COUNTS}, flush=True)
     result |= {"load after": os.getloadavg()[0]}
     result |= {"wall_seconds": time.perf_counter() - start}
     Path(flags.out, "env_speed.json").write_text(json.dumps(result, indent=1) + "\n")

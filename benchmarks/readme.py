@@ -173,8 +173,9 @@ def results(script: str, runs: list[dict]) -> str:
     command += ALSO.get(script, "")
     intro = f"`{command}`: {report.made_of(runs)}. [All arms and claims, definitions]"
     intro += f"({where}.md), [every run]({where}.json)."
-    old = sum(run["code"] != claims.code_now(script, run["arm"]) for run in runs)
-    intro += f" {old} of {len(runs)} runs are of older code." * bool(old)
+    whole = [run for run in runs if "first_quarter_of" not in run]
+    old = sum(run["code"] != claims.code_now(script, run["arm"]) for run in whole)
+    intro += f" {old} of {len(whole)} runs are of older code." * bool(old)
     own = [run for run in runs if run["arm"] == "default"]
     arms = report.arm_table(own, claims.METRICS[script].split())
     judged = [(c, report.judge(runs, c)) for c in claims.CLAIMS[script]]
@@ -504,7 +505,7 @@ def hours() -> str:
     did, or by the speed it logged."""
     rows = []
     for script in claims.ARMS:
-        runs, walls = read(script), []
+        runs, walls = [x for x in read(script) if "first_quarter_of" not in x], []
         for run in runs:
             arm = [x["wall_seconds"] for x in runs if x["arm"] == run["arm"]]
             others = [x for x in arm if x] or [report.logged_seconds(run) or math.nan]

@@ -292,6 +292,7 @@ def logged_seconds(run: dict) -> float | None:
 
 def made_of(runs: list[dict]) -> str:
     """Hardware, versions and wall time of the runs, in a line."""
+    runs = [run for run in runs if "first_quarter_of" not in run]
     unique = lambda name: ", ".join(dict.fromkeys(x[name] for x in runs if name in x))
     versions = [f"{x} {unique(x)}" for x in ("torch", "transformers", "trl")]
     parts = [unique("hardware"), *(x for x in versions if not x.endswith(" "))]
@@ -389,6 +390,8 @@ def page(script: str, runs: list[dict], metrics, claims, papers, explanations) -
         logged = [x for x in map(logged_seconds, own) if x]
         wall = f"by the logged speed {np.median(logged):.0f}" if logged else "resumed"
         wall = f"{np.median(walls):.0f}" if walls else wall
+        if whole := own[0].get("first_quarter_of"):
+            wall = f"first quarters of {whole}"
         made = [run["cache_warm"] for run in own].count(False)
         codes = ", ".join(dict.fromkeys(run["code"] for run in own))
         flags = f"`{' '.join(own[0]['flags'])}`" if own[0]["flags"] else "none"

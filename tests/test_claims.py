@@ -445,6 +445,33 @@ def test_edited_task_keeps_the_numbers_of_the_old_one(lab, monkeypatch):
     assert changed == {"bonus"} and lab.calls() == 3
 
 
+def test_first_quarter_of_a_run_is_run_again_or_counts_as_a_run(lab, monkeypatch):
+    """An arm whose runs are the beginnings of another's has that one's evaluations, up
+    to the quarter, and no process, time or entry in the number of runs of its own; it
+    is cut anew from each new run."""
+    whole = {"short": "--bonus 1", "bonus": "--bonus 1"}
+    monkeypatch.setitem(claims.ARMS, "fake", {"default": "", **whole})
+    monkeypatch.setattr(claims, "FIRST_QUARTER", {"short": "bonus"})
+    lab.run("--seeds", "2", "--arms", "default,short")
+    assert lab.calls() == 4
+    runs = lab.runs()
+    assert [r["arm"] for r in runs] == [x for x in claims.ARMS["fake"] for _ in "12"]
+    short, bonus = runs[2], runs[4]
+    assert short["evals"] == bonus["evals"][:2] and len(bonus["evals"]) == 5
+    assert short["flags"] == ["--bonus", "1"] and short["wall_seconds"] is None
+    walls = [r["wall_seconds"] for r in runs if r["arm"] != "short"]
+    table = readme.numbers("hours", [])
+    assert f"| `claims.py fake` | 4 runs | {sum(walls) / 3600:.1f} |" in table
+    page = lab.results.with_suffix(".md").read_text()
+    row = re.search(r"\| short \| .*", page)[0]
+    assert row.startswith("| short | `--bonus 1` | 2 | first quarters of bonus | 0 |")
+    assert f"{min(walls):.0f} to {max(walls):.0f} s" in page and "resumed" not in page
+    assert "2 of 4 made a base model first" in page
+    lab.script.write_text(lab.script.read_text().replace("* 0.01", "* 0.02"))
+    lab.run("--seeds", "1")
+    assert [r["evals"][1]["eval/x"] for r in lab.runs()[1:]] == [pytest.approx(2.1)] * 2
+
+
 def test_arm_keeps_its_name_but_not_its_flags(lab, monkeypatch):
     """When an arm's flags change, its runs do not count, --keep-old or not."""
     lab.run("--seeds", "1")

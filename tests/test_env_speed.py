@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -33,6 +35,25 @@ def test_a_missing_peer_ends_the_benchmark(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     left_out = [line for line in lines if "is left out" in line]
     assert [line.split()[0] for line in left_out] == ["JAX", "PufferLib"]
+
+
+def test_range_holds_the_step_that_compiles(monkeypatch):
+    """Of the lines that the script logs, the first evaluation and the step that
+    compiles are left out; the others give the median and its range."""
+    speeds = [None, 1.0, 40.0, 20.0, 90.0]
+
+    def run(command, **_):
+        folder = Path(command[command.index("--run-dir") + 1])
+        assert command[command.index("--steps") + 1] == "4"
+        folder.mkdir()
+        names = *env_speed.COUNTS, "peak_memory_gb"
+        lines = [json.dumps(dict.fromkeys(names, x)) + "\n" for x in speeds]
+        (folder / "metrics.jsonl").write_text("".join(lines))
+
+    monkeypatch.setattr(env_speed.subprocess, "run", run)
+    row = env_speed.sweep(16, 3, 8, "on")
+    assert {row[x] for x in env_speed.COUNTS} == {40.0}
+    assert row["range"] == {x: [20.0, 90.0] for x in env_speed.COUNTS}
 
 
 def test_pufferlib_does_other_work(tmp_path, monkeypatch):
