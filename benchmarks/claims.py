@@ -417,9 +417,8 @@ SHORT = (
 LONGER = (
     "At 14.7 million transitions 4,096 and 16,384 environments have made 112 and 28 "
     "outer steps. Over the last four evaluations 64 environments stand still, and all "
-    "others are still rising (picture -long): their plateaus are not known. The runs "
-    "of long-64, -1024, -4096 and -16384 are those of recipe-*, continued by --resume, "
-    "which on a CPU ends at the same bits as one run; longer ones were not made."
+    "others are still rising (picture -long): their plateaus are not known. Longer "
+    "runs were not made."
 )
 STALLED = (
     "The difference between the two arms is {}, depending on the seed: five seeds are "
