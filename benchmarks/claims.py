@@ -443,10 +443,10 @@ ANCHOR = (
     "ends 4, 3 and 1 lower, with intervals that reach above 0. The run that is cut "
     "there, to an average over 256 after four sevenths of its length, was still "
     "improving a little (picture -cut). Tried: the same cut at 16 environments, where "
-    "the recipe stalls after the first seventh. From the cut to the end those runs "
-    "rise by 0.4 to 2.0, and those that are not cut by -0.8 to 4.6; they differ "
-    "before the cut, too, as they are of other versions of the script and not the "
-    "same bits. No other way to make the outer step smaller was tried."
+    "the recipe stalls after the first seventh. Up to the cut those runs are the "
+    "recipe's, bit for bit; from there to the end they change by -0.7 to +1.9, and the "
+    "recipe's, which are not cut, by -0.8 to +4.6. No other way to make the outer step "
+    "smaller was tried."
 )
 UPDATES = (
     "Early on more updates are ahead (picture -updates), at the end four are not. In "
