@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,19 +56,26 @@ def test_range_holds_the_step_that_compiles(monkeypatch):
     assert row["range"] == {x: [20.0, 90.0] for x in env_speed.COUNTS}
 
 
-def test_pufferlib_does_other_work(tmp_path, monkeypatch):
+PUFFER = """
+import json, torch, env_speed
+iteration, count = env_speed.pufferlib_ppo(64)
+trainer = iteration()
+updates = {int(x["step"]) for x in trainer.optimizer.state.values()}
+sizes = [list(x.shape) for x in trainer.policy.parameters() if x.ndim == 2]
+print(json.dumps([trainer.global_step, count, list(updates), sizes]))
+"""
+
+
+def test_pufferlib_does_other_work(tmp_path):
     """Its iteration takes as many steps and updates as the other peers', with networks
-    of their sizes."""
+    of their sizes. In a process of its own: it changes torch's precision, among other
+    things, and leaves a link in the folder."""
     if not importlib.util.find_spec("pufferlib"):
         pytest.skip("see benchmarks/env_speed.py")
-    monkeypatch.chdir(tmp_path)  # its import leaves a link there
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    handler = signal.getsignal(signal.SIGINT)
-    iteration, count = env_speed.pufferlib_ppo(64)
-    signal.signal(signal.SIGINT, handler)
-    trainer = iteration()
-    assert trainer.global_step == count == 64 * env_speed.LENGTH
-    updates = {int(x["step"]) for x in trainer.optimizer.state.values()}
-    assert updates == {env_speed.EPOCHS * count // env_speed.MINIBATCH}
-    sizes = [x.shape for x in trainer.policy.parameters() if x.ndim == 2]
-    assert sizes == [(64, 4), (64, 64), (2, 64), (64, 4), (64, 64), (1, 64)]
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}){PUFFER}"
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    steps, count, updates, sizes = json.loads(said.stdout.splitlines()[-1])
+    assert steps == count == 64 * env_speed.LENGTH
+    assert updates == [env_speed.EPOCHS * count // env_speed.MINIBATCH]
+    assert sizes == [[64, 4], [64, 64], [2, 64], [64, 4], [64, 64], [1, 64]]
