@@ -3,7 +3,9 @@
 Both ask the same question of a script's gradients at fixed policies, seed by seed. A
 result is {"seeds": {seed: {policy: {kind of gradient: {measure: value}}}}} with the
 flags, hardware and versions it was made with, and the seconds that each seed took, its
-runs and their models included (none, if some were there from an interrupted call).
+runs included (none, if some were there from an interrupted call). Base models, teachers
+and traces are those in the caches of claims.py: cache_warm says of each seed that all
+of them were there, none was made in its seconds.
 """
 
 from __future__ import annotations
@@ -66,6 +68,16 @@ def inner_products(g: torch.Tensor) -> np.ndarray:
     return (g @ g.T).double().numpy()
 
 
+def share_cache(folder: Path, home: Path) -> Path:
+    """home/runs/cache, which is folder/runs/cache, too, from now on."""
+    link, cache = (x / "runs" / "cache" for x in (folder, home))
+    for path in (cache, link.parent):
+        path.mkdir(parents=True, exist_ok=True)
+    if not link.exists():
+        link.symlink_to(cache)
+    return cache
+
+
 def measure_seeds(measure: Callable, name: str, doc: str, **defaults) -> None:
     """Writes results/<program>.json: measure(script, seed, flags) of each seed, which
     works in a folder of that seed. One that was measured with the same code and flags
@@ -80,6 +92,8 @@ def measure_seeds(measure: Callable, name: str, doc: str, **defaults) -> None:
         parser.add_argument(flag, type=kind, default=default, **several)
     parser.add_argument("--run-flags", default="", help="more flags of the runs")
     parser.add_argument("--work", default=str(claims.ROOT / "runs" / program))
+    caches = str(claims.ROOT / "runs" / "claims")
+    parser.add_argument("--claims-work", default=caches, help="--work of claims.py")
     parser.add_argument("--out", default=str(claims.RESULTS))
     flags, script = parser.parse_args(), load_script(name)
     out, code = Path(flags.out).resolve(), claims.code_now(name, "default")
@@ -88,21 +102,24 @@ def measure_seeds(measure: Callable, name: str, doc: str, **defaults) -> None:
     result = {"hardware": f"{os.cpu_count()} CPU cores, no GPU"}
     result |= {"torch": torch.__version__, "transformers": transformers.__version__}
     result |= {"threads": torch.get_num_threads(), "code": code, "flags": how}
-    result |= {"seconds": {}, "seeds": {}}
-    work = Path(flags.work, code).resolve()
+    result |= {"seconds": {}, "cache_warm": {}, "seeds": {}}
+    work, caches = Path(flags.work, code).resolve(), Path(flags.claims_work).resolve()
     for seed in flags.seeds:
-        folder = work / f"s{seed}"
+        folder, home = work / f"s{seed}", caches / name / f"s{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        os.chdir(folder)  # the script caches its models there
+        os.chdir(folder)
         path = Path("measured.json")
         known = json.loads(path.read_text()) if path.exists() else {}
         if known.get("flags") != how:
             whole, start = not any(folder.iterdir()), time.perf_counter()
+            cached = sorted((cache := share_cache(folder, home)).iterdir())
             known = {"flags": how, "policies": measure(script, seed, flags)}
             known["seconds"] = time.perf_counter() - start if whole else None
+            known["cache_warm"] = cached == sorted(cache.iterdir())
             path.write_text(json.dumps(known))
         result["seeds"][str(seed)] = known["policies"]
-        result["seconds"][str(seed)] = known["seconds"]
+        for field in ("seconds", "cache_warm"):
+            result[field][str(seed)] = known[field]
     (out / f"{program}.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(result, out / f"{program}.png")
 

@@ -285,6 +285,9 @@ def made_with(found: dict) -> str:
     if walls := [x for x in found.get("seconds", {}).values() if x]:
         span = f"{min(walls):.0f} to {max(walls):.0f} s"
         parts.append(f"wall time of a seed, its runs included, {span}")
+        if warm := sum(found.get("cache_warm", {}).values()):
+            which = "all" if warm == len(walls) else f"{warm} of them"
+            parts[-1] += f" ({which} with the base models that claims.py had made)"
         parts.append(f"{sum(walls) / 3600:.1f} h summed (threads: {found['threads']})")
     return ", ".join(parts)
 

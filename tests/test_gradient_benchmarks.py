@@ -85,6 +85,7 @@ def test_time_of_an_interrupted_seed_is_short(tmp_path, monkeypatch):
     code = module.claims.code_now("prefixrl", "default")
     (tmp_path / "work" / code / "s2" / "run-50").mkdir(parents=True)
     flags = ["--seeds", "1", "2", "--work", str(tmp_path / "work"), "--out", "out"]
+    flags += ["--claims-work", str(tmp_path / "claims")]
     for _ in range(2):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["prefix_gradients.py", *flags])
@@ -93,6 +94,31 @@ def test_time_of_an_interrupted_seed_is_short(tmp_path, monkeypatch):
         assert found["seeds"]["2"] == {"step 0": {"plain": {"snr": 2.0}}}
         assert found["seconds"]["1"] >= 0 and found["seconds"]["2"] is None
     assert calls == [1, 2]
+
+
+def test_models_are_made_a_second_time(tmp_path, monkeypatch):
+    """What claims.py has cached for a seed is found, what is missing is left there for
+    it, and a seed that had to make something does not count as one that had not."""
+    module = load("gradients")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "draw", lambda *_: None)
+    monkeypatch.setattr(module, "load_script", lambda name: name)
+    for there in ("s1/runs/cache/tiny-1", "s2/runs/cache/traces"):
+        (tmp_path / "claims/prefixrl" / there).mkdir(parents=True)
+
+    def measure(script, seed, flags):
+        module.Path(f"runs/cache/tiny-{seed}").mkdir(parents=True, exist_ok=True)
+        return {}
+
+    flags = ["--seeds", "1", "2", "--claims-work", "claims", "--out", "out"]
+    for work, warm in (("a", False), ("b", True)):
+        monkeypatch.chdir(tmp_path)
+        argv = ["prefix_gradients.py", *flags, "--work", work]
+        monkeypatch.setattr(sys, "argv", argv)
+        module.measure_seeds(measure, "prefixrl", "Doc.", batches=2)
+        found = json.loads((tmp_path / "out/prefix_gradients.json").read_text())
+        assert found["cache_warm"] == {"1": True, "2": warm}
+    assert (tmp_path / "claims/prefixrl/s2/runs/cache/tiny-2").exists()
 
 
 @pytest.mark.parametrize(
