@@ -31,10 +31,6 @@ import gradients
 import report
 from gpu_presets import PRESETS
 
-ALSO = {
-    "ppo_envs": " && python benchmarks/claims.py ppo_envs --jobs 2 --seeds 10 "
-    "--arms default,size-256,sqrt-256"
-}
 CELLS = {  # of the metric: its gain or its end; seeds, worst seed, wall time
     "grpo": ("eval/pass@1", "Countdown, held-out pass@1 {gain}, {seeds} seeds"),
     "vopd": (
@@ -168,10 +164,14 @@ def results(script: str, runs: list[dict]) -> str:
     if not runs:
         return f"\n{NOT_YET}\n"
     where = (claims.RESULTS / script).relative_to(claims.ROOT).as_posix()
-    seeds = min(Counter(run["arm"] for run in runs).values())
-    command = f"python benchmarks/claims.py {script} --jobs 2 --seeds {seeds}"
-    command += ALSO.get(script, "")
-    intro = f"`{command}`: {report.made_of(runs)}. [All arms and claims, definitions]"
+    counts, commands = Counter(run["arm"] for run in runs), []
+    for seeds in sorted({*counts.values()}):
+        names = [arm for arm in counts if counts[arm] >= seeds]
+        which = f" --arms {','.join(names)}" if len(names) < len(counts) else ""
+        call = f"python benchmarks/claims.py {script} --jobs 2 --seeds {seeds}{which}"
+        commands.append(call)
+    intro = f"`{' && '.join(commands)}`: {report.made_of(runs)}. "
+    intro += "[All arms and claims, definitions]"
     intro += f"({where}.md), [every run]({where}.json)."
     whole = [run for run in runs if "first_quarter_of" not in run]
     old = sum(run["code"] != claims.code_now(script, run["arm"]) for run in whole)

@@ -7,10 +7,12 @@ import fcntl
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -863,6 +865,31 @@ def test_run_without_a_time_counts_as_none(papers):
     table = readme.numbers("hours", [])
     assert "| `claims.py grpo` | 4 runs | 6.5 |" in table
     assert "| all | two at a time | 6.5, 3.2 by the clock |" in table
+
+
+def test_published_arm_has_too_few_seeds():
+    """What is published has 5 seeds an arm, 10 if half of its runs took less than two
+    minutes; and the commands beside a table make exactly the runs that it is of."""
+    for script in claims.ARMS:
+        found = ROOT / "benchmarks" / "results" / f"{script}.json"
+        runs = json.loads(found.read_text())
+        assert {run["arm"] for run in runs} == set(claims.ARMS[script])
+        told = commanded(readme.results(script, runs))
+        assert set(told) == {(run["arm"], run["seed"]) for run in runs}
+        for arm in {run["arm"] for run in runs if "first_quarter_of" not in run}:
+            walls = [run["wall_seconds"] for run in runs if run["arm"] == arm]
+            fast = statistics.median(x or math.inf for x in walls) < 120
+            assert len(walls) >= (10 if fast else 5), f"{script} {arm}"
+
+
+def commanded(text: str):
+    """(arm, seed) of each run that the commands at the head of a text make."""
+    for command in re.search("`(.*?)`", text)[1].split(" && "):
+        words = command.split()
+        flags = dict(zip(words[3::2], words[4::2]))
+        arms = flags.get("--arms", ",".join(claims.ARMS[words[2]])).split(",")
+        for seed in range(1, int(flags["--seeds"]) + 1):
+            yield from ((arm, seed) for arm in arms)
 
 
 def test_explanation_is_printed_beside_a_replicated_claim(papers, monkeypatch):
