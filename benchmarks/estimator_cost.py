@@ -116,7 +116,8 @@ def table(result: dict) -> str:
     """The results as a table in Markdown."""
     lines = [
         f"{result['hardware']}; {result['tokens']} tokens, hidden size "
-        f"{result['hidden']}, torch {result['torch']}. Ratios are to `sampled`.",
+        f"{result['hidden']}, torch {result['torch']}, threads {result['threads']}; "
+        f"{result['wall_seconds']:.0f} s in all. Ratios are to `sampled`.",
         "",
         "| vocabulary | estimator | seconds | ratio | range | memory (GB) | ratio |",
         "|---:|---|---:|---:|---|---:|---:|",
@@ -151,8 +152,8 @@ def main() -> None:
     result |= {"tokens": flags.tokens, "hidden": flags.hidden, "vocabularies": {}}
     for v in flags.sizes:
         result["vocabularies"][v] = measure(v, flags)
+        result["wall_seconds"] = time.perf_counter() - start
         print(text := table(result), flush=True)
-    result["wall_seconds"] = time.perf_counter() - start
     folder = Path(flags.out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "estimator_cost.json").write_text(json.dumps(result, indent=1) + "\n")

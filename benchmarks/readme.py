@@ -235,19 +235,13 @@ def estimator_cost(found: dict) -> tuple[str, list[str], list[list[str]]]:
            "{memory_ratio:.2f}".format(**rows[name]) for rows in sizes.values()]
         for name in next(iter(sizes.values()))
     ]  # fmt: skip
-    intro = f"Loss and backward pass of {found['tokens']:,} tokens, hidden size "
-    intro += (
-        f"{found['hidden']:,}, OMP_NUM_THREADS {found['threads']}: time (its range "
-    )
-    intro += (
-        "over turns), memory at the peak, each as a ratio to `sampled` in the same run."
-    )
     most = max(sizes, key=int)
     times = sizes[most]["sampled"]["all_seconds"]
-    intro += f" At V = {int(most):,} `sampled` itself took {min(times):.0f} to "
-    intro += (
-        f"{max(times):.0f} s: the ranges there say more of the machine's other work."
-    )
+    intro = f"loss and backward pass of {found['tokens']:,} tokens, hidden size "
+    intro += f"{found['hidden']:,}, OMP_NUM_THREADS {found['threads']}: time (its "
+    intro += "range over turns), memory at the peak, each as a ratio to `sampled` in "
+    intro += f"the same run ({min(times):.0f} to {max(times):.0f} s at V = "
+    intro += f"{int(most):,})."
     return intro, ["estimator", *(f"V = {int(v):,}" for v in sizes)], rows
 
 
