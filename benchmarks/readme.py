@@ -281,7 +281,7 @@ def made_with(found: dict) -> str:
         parts.append(f"wall time of a seed, its runs included, {span}")
         if warm := sum(found.get("cache_warm", {}).values()):
             which = "all" if warm == len(walls) else f"{warm} of them"
-            parts[-1] += f" ({which} with the base models that claims.py had made)"
+            parts[-1] += f" ({which} with base models from the cache of claims.py)"
         parts.append(f"{sum(walls) / 3600:.1f} h summed (threads: {found['threads']})")
     return ", ".join(parts)
 
