@@ -31,7 +31,9 @@ that is drawn twice has two shares. Tasks, sizes and the default learning rate a
 tiny model; the rate is constant after a warm-up.
 
     python algos/dmpo.py
-    python algos/dmpo.py --model Qwen/Qwen3-0.6B --data train.jsonl --max-new-tokens 512
+    python algos/dmpo.py --model Qwen/Qwen3-0.6B --data train.jsonl \
+        --max-new-tokens 512 --micro-batch-size 8 --rollout-batch-size 128 \
+        --gradient-checkpointing
 
 The first learns to find large independent sets in small graphs, with nothing to
 download, in a few minutes on 2 CPU cores. --dm-coef 0 shows what GRPO does: quality
@@ -210,7 +212,7 @@ def subsets(n: int) -> np.ndarray:
 
 
 def knapsack_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
-    """Items of weight and value 1 to 9, each below the capacity: "35 91 27 >12:"."""
+    """Items of weight and value 1 to 9, none above the capacity: "35 91 27 >12:"."""
     weights, values = (rng.choices(range(1, 10), k=n) for _ in "wv")
     capacity = rng.randint(max(weights), max(9, sum(weights) * 2 // 3))
     items = " ".join(f"{w}{v}" for w, v in zip(weights, values))
@@ -347,9 +349,9 @@ def answer_reward(problem: Problem, completion: str) -> float:
 
 def to_problem(item: Problem | dict) -> Problem:
     """A line of --data, or what a task.py yields, as a Problem."""
-    if isinstance(item, Problem):
-        return item
-    return Problem(item["prompt"], item["answer"], item.get("solution", ""))
+    if not isinstance(item, Problem):
+        item = Problem(item["prompt"], item["answer"], item.get("solution"))
+    return item._replace(solution="" if item.solution is None else str(item.solution))
 
 
 def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
@@ -406,7 +408,7 @@ def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.
         asked = f"prompt {str(problem.prompt)[:60]!r}, completion {text!r}"
         with blame(f"the reward failed on sample {i}, {asked}"):
             rewards.append(reward(problem, text))
-            if np.ndim(rewards[-1]) or not np.isfinite(rewards[-1]):
+            if np.ndim(rewards[-1]) or not abs(rewards[-1]) < 2**127:  # float32's most
                 raise ValueError(f"{rewards[-1]} is not a finite number")
     return torch.tensor(rewards, dtype=torch.float32)
 
@@ -1209,7 +1211,8 @@ def draw_curve(run_dir: Path) -> None:
     for name, style in zip(names, ["o-", "s--", "-", ":"]):
         points = [(r["step"], r[name]) for r in records if name in r]
         axes.plot(*zip(*points), style, markersize=4, label=name)
-    axes.set(xlabel="step", ylim=(0, None), title=run_dir.name)
+    low = 0 if axes.dataLim.ymin >= 0 else None
+    axes.set(xlabel="step", ylim=(low, None), title=run_dir.name)
     axes.legend()
     with blame(f"cannot draw {run_dir}/curve.png"):
         axes.figure.savefig(run_dir / "curve.png", dpi=120)
@@ -1254,6 +1257,7 @@ def check(args: Args) -> None:
             not args.dm_coef and (args.dm_only or args.dm_divergence != "mse"),
             "--dm-only and --dm-divergence need a --dm-coef above 0",
         ),
+        (args.dm_only and args.kl_coef, "--dm-only has no KL: leave --kl-coef out"),
         (args.eval_data and not args.data, "--eval-data needs --data"),
         (args.clip_low >= 1, "--clip-low must be below 1"),
         (args.prompts_per_step % WORLD_SIZE, "ranks must divide --prompts-per-step"),

@@ -26,12 +26,13 @@ actor, in transitions, from minibatches g, g' in a row: B |g - g'|^2 / (2 g.g').
 
 Differences. Advantages are normalised over the batch, not the minibatch; the value loss
 is not clipped; the learning rate is constant, so that a longer run continues a shorter
-one. Batches above 2^21 transitions are shuffled in blocks of neighbouring environments.
-Breakout has MinAtar's sticky actions, only the actions with an effect and at most 1,000
-steps. The state of gym:<id> is not saved: --resume begins new episodes there.
-Adam is written out, so that gradient, clipping and step are one compiled graph. Under
-torchrun each rank has a share of the environments and of each minibatch; what is drawn
-depends on seed and step alone, so ranks change the speed and not the result.
+one. Batches of 2^21 transitions or more are shuffled in blocks of neighbours. Breakout
+has MinAtar's sticky actions, only the actions with an effect and at most 1,000 steps.
+The state of gym:<id> is not saved: --resume begins new episodes there; an evaluation
+episode there and in gymnax:<id> is cut after 10,000 steps. Adam is written out, so that
+gradient, clipping and step are one compiled graph. Under torchrun each rank has a share
+of the environments and of each minibatch; what is drawn depends on seed and step alone,
+so ranks change the speed and not the result.
 
     python algos/ppo_envs.py
     python algos/ppo_envs.py --num-envs 1048576 --rollout-length 8 --steps 3
@@ -715,7 +716,7 @@ def learn(agent: Agent, batch: dict, args: Args) -> dict:
     data = [batch["obs"], batch["actions"], batch["logprobs"], advantages, returns]
     data, (size, _) = [x.flatten(0, 1) for x in data], recipe(args)
     total, few = args.num_envs * args.rollout_length, data[0]
-    few = few[:: -(-len(few) // 2**12)]
+    few = few[:: -(-len(few) * WORLD_SIZE // 2**12)]
     before = agent.policy(*in_pieces(agent.outputs, few))
     # neighbours are different environments: shuffling blocks of them is as good
     most = 2 ** max(0, total.bit_length() - 21)
@@ -897,6 +898,7 @@ def check(args: Args) -> None:
         (args.num_envs % WORLD_SIZE, f"{WORLD_SIZE} ranks do not divide --num-envs"),
         (max(args.gamma, args.gae_lambda) > 1, "--gamma, --gae-lambda: at most 1"),
         (args.clip >= 1, "--clip must be below 1"),
+        (args.seed >= 2**33, "--seed must be below 2^33"),
         (args.ewma_from > 1 and not args.ewma_com, "--ewma-from needs --ewma-com"),
         (not 0 < size <= batch, f"minibatches of {size} are 0 or larger than {has}"),
         (size and batch % size, f"minibatches of {size} do not divide {has}"),
@@ -987,6 +989,11 @@ def train(args: Args) -> int:
         transitions = step * args.num_envs * args.rollout_length
         metrics = {"step": step, "transitions": transitions}
         metrics |= describe(stats, totals, clock, start, batch)
+        if "grad_norm" not in metrics:
+            fail(
+                f"the gradient is not finite at step {step}, nothing of it is saved: "
+                "start anew with a lower --learning-rate"
+            )
         if step % args.eval_every == 0 or step == args.steps:
             metrics |= evaluate(agent, test_env, args)
             score = metrics["eval/episode_return"]

@@ -43,7 +43,7 @@ below, with 7 million tokens at most to find the hard ones, is a small version.
     python algos/prefixrl.py
     python algos/prefixrl.py --model Qwen/Qwen3-0.6B-Base --data train.jsonl \
         --candidates 200 --hard-k 32 --trace-cap 256 --max-new-tokens 1024 \
-        --micro-batch-size 4 --gradient-checkpointing
+        --micro-batch-size 4 --rollout-batch-size 64 --gradient-checkpointing
 
 The first, with nothing to download, learns chains of nine moves, all of one skill, from
 a model that does a move right one time in four and a whole chain never. Its traces are
@@ -221,9 +221,9 @@ def answer_reward(problem: Problem, completion: str) -> float:
 
 def to_problem(item: Problem | dict) -> Problem:
     """A line of --data, or what a task.py yields, as a Problem."""
-    if isinstance(item, Problem):
-        return item
-    return Problem(item["prompt"], item["answer"], item.get("solution", ""))
+    if not isinstance(item, Problem):
+        item = Problem(item["prompt"], item["answer"], item.get("solution"))
+    return item._replace(solution="" if item.solution is None else str(item.solution))
 
 
 def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
@@ -280,7 +280,7 @@ def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.
         asked = f"prompt {str(problem.prompt)[:60]!r}, completion {text!r}"
         with blame(f"the reward failed on sample {i}, {asked}"):
             rewards.append(reward(problem, text))
-            if np.ndim(rewards[-1]) or not np.isfinite(rewards[-1]):
+            if np.ndim(rewards[-1]) or not abs(rewards[-1]) < 2**127:  # float32's most
                 raise ValueError(f"{rewards[-1]} is not a finite number")
     return torch.tensor(rewards, dtype=torch.float32)
 
@@ -1398,7 +1398,8 @@ def draw_curve(run_dir: Path) -> None:
     for name, style in zip(names, ["o-", "s--", "-", ":"]):
         points = [(r["step"], r[name]) for r in records if name in r]
         axes.plot(*zip(*points), style, markersize=4, label=name)
-    axes.set(xlabel="step", ylim=(0, None), title=run_dir.name)
+    low = 0 if axes.dataLim.ymin >= 0 else None
+    axes.set(xlabel="step", ylim=(low, None), title=run_dir.name)
     axes.legend()
     with blame(f"cannot draw {run_dir}/curve.png"):
         axes.figure.savefig(run_dir / "curve.png", dpi=120)

@@ -38,7 +38,8 @@ models, so that no probability lies there; the saved student is without them.
 
     python algos/vopd.py
     python algos/vopd.py --model Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B \
-        --data prompts.jsonl --max-new-tokens 512
+        --data prompts.jsonl --max-new-tokens 512 --micro-batch-size 8 \
+        --rollout-batch-size 128 --gradient-checkpointing
 
 The first trains a teacher and a smaller student on Countdown and distils one into the
 other, with nothing to download: the reverse KL falls by more than half, and half of the
@@ -216,9 +217,9 @@ def answer_reward(problem: Problem, completion: str) -> float:
 
 def to_problem(item: Problem | dict) -> Problem:
     """A line of --data, or what a task.py yields, as a Problem; an answer may lack."""
-    if isinstance(item, Problem):
-        return item
-    return Problem(item["prompt"], item.get("answer"), item.get("solution", ""))
+    if not isinstance(item, Problem):
+        item = Problem(item["prompt"], item.get("answer"), item.get("solution"))
+    return item._replace(solution="" if item.solution is None else str(item.solution))
 
 
 def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
@@ -275,7 +276,7 @@ def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.
         asked = f"prompt {str(problem.prompt)[:60]!r}, completion {text!r}"
         with blame(f"the reward failed on sample {i}, {asked}"):
             rewards.append(reward(problem, text))
-            if np.ndim(rewards[-1]) or not np.isfinite(rewards[-1]):
+            if np.ndim(rewards[-1]) or not abs(rewards[-1]) < 2**127:  # float32's most
                 raise ValueError(f"{rewards[-1]} is not a finite number")
     return torch.tensor(rewards, dtype=torch.float32)
 
@@ -408,7 +409,9 @@ def load_teacher(problems: list[Problem], args: Args) -> tuple:
             problems = problems + load_task(more)[0]  # seeds do not mix the splits
         name = tiny_model(problems, args.seed, steps=args.teacher_steps, width=128)
     teacher, tokenizer = load_model(name, dataclasses.replace(args, device="cpu"))
-    return teacher.to(getattr(torch, args.dtype)).requires_grad_(False), tokenizer
+    for weight in teacher.requires_grad_(False).parameters():
+        weight.data = weight.data.to(getattr(torch, args.dtype))  # not RoPE's buffers
+    return teacher, tokenizer
 
 
 class SharedTeacher:
@@ -1104,7 +1107,8 @@ def draw_curve(run_dir: Path) -> None:
     for name, style in zip(names, ["o-", "s--", "-", ":"]):
         points = [(r["step"], r[name]) for r in records if name in r]
         axes.plot(*zip(*points), style, markersize=4, label=name)
-    axes.set(xlabel="step", ylim=(0, None), title=run_dir.name)
+    low = 0 if axes.dataLim.ymin >= 0 else None
+    axes.set(xlabel="step", ylim=(low, None), title=run_dir.name)
     axes.legend()
     with blame(f"cannot draw {run_dir}/curve.png"):
         axes.figure.savefig(run_dir / "curve.png", dpi=120)

@@ -5,10 +5,11 @@
 
 Nothing is downloaded: models have the shapes of Qwen3-0.6B and 1.7B and random weights,
 whose samples hardly ever end by themselves. Nothing is needed beside torch,
-transformers, numpy, matplotlib and tqdm; where tyro is missing, a stand-in of 20 lines
-reads the scripts' flags. Each part is a process of its own (a copy of this one, so that
-nothing is imported twice) with its own time: one that fails or is late leaves its error
-and what it had measured, and the others run.
+transformers, numpy, matplotlib and tqdm, and peft for the flags of the smallest GPU;
+where tyro is missing, a stand-in of 20 lines reads the scripts' flags. Each part is a
+process of its own (a copy of this one, so that nothing is imported twice) with its own
+time: one that fails or is late leaves its error and what it had measured, and the
+others run.
 Writes benchmarks/results/gpu-<name>.json (runs/gpu-smoke.json) after each part; exit
 code 1 if one failed.
 """
@@ -67,7 +68,8 @@ def part_of(name: str, sizes: Sizes, file: Path) -> None:
 
     def report(**values) -> None:
         found.update(values)
-        file.write_text(json.dumps(found))
+        file.with_suffix(".new").write_text(json.dumps(found))
+        file.with_suffix(".new").replace(file)  # the part may be ended at any moment
         print(f"{name}: {json.dumps(values)[:300]}", flush=True)
 
     PARTS[name][0](sizes, report)

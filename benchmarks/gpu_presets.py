@@ -8,6 +8,6 @@ PRESETS = {  # name: model, flags; grpo.py with 512 new tokens
         "0.6B",
         "--gradient-checkpointing --micro-batch-size 8 --rollout-batch-size 64",
     ),
-    "24gb": ("0.6B", "--micro-batch-size 8 --rollout-batch-size 128"),
+    "24gb": ("0.6B", "--micro-batch-size 4 --rollout-batch-size 128"),
     "80gb": ("1.7B", "--micro-batch-size 16 --rollout-batch-size 256"),
 }

@@ -99,6 +99,8 @@ ABOUT_GPU = (
     "Sampled log-probs (bf16) are {mean:.4f} from scored ones in the mean, {max:.4f} "
     "at most. torch {torch}, transformers {transformers}."
 )
+ENV_COLUMNS = ["environments", "rollout, steps", "environments alone, steps/s"]
+ENV_COLUMNS += ["and policy", "everything"]
 OF_SCRIPT = {  # whose code a benchmark measures
     "vs_trl": "grpo",
     "estimator_cost": "vopd",
@@ -389,15 +391,9 @@ def env_speed(found: dict) -> tuple[str, list, list, list, list]:
     intro += "gymnasium loop one in the manner of CleanRL, both written for this "
     intro += "comparison; PufferLib's trainer steps gymnasium's CartPole here, not its "
     intro += "own environments in C."
-    columns = [
-        "environments",
-        "rollout, steps",
-        "environments alone, steps/s",
-        "and policy",
-    ]
     peers = ["everything, beside", "environments", "ours, steps/s", "peer"]
     peers += ["ours / peer (over rounds)", "the same of processor time"]
-    return intro, [*columns, "everything"], own, peers, rows
+    return intro, ENV_COLUMNS, own, peers, rows
 
 
 def gpu(found: dict) -> tuple:
@@ -413,7 +409,9 @@ def gpu(found: dict) -> tuple:
         speeds = {k: x for k, x in part(name)["found"].items() if k[:5] == "batch"}
         for key, row in speeds.items():
             peak = f"{row['peak_gb']:.1f}" if "peak_gb" in row else ""
-            sampled.append([who, key[6:], f"{row['tokens_per_second']:,.0f}", peak])
+            new = row.get("new_tokens", sizes["new_tokens"])
+            key = key[6:] + f", {new} new tokens" * (new != sizes["new_tokens"])
+            sampled.append([who, key, f"{row['tokens_per_second']:,.0f}", peak])
         if part(name)["error"]:
             sampled.append([who, "", part(name)["error"], ""])
     steps = []
@@ -428,7 +426,8 @@ def gpu(found: dict) -> tuple:
     cards = []
     for name, (model, flags) in PRESETS.items():
         row = part(f"flags-{name}")
-        peak = f"{row['found'].get('peak_gb', math.nan):.1f}"
+        peaks = [row["found"].get(f"{x}_gb", math.nan) for x in ("peak", "reserved")]
+        peak = " / ".join(f"{peak:.1f}" for peak in peaks)
         cells = [name.replace("gb", " GB"), f"Qwen3-{model}", f"`{flags}`"]
         cards.append([*cells, row["error"] or peak])
     losses = [
@@ -436,6 +435,20 @@ def gpu(found: dict) -> tuple:
         for name, row in part("memory")["found"].items()
         if name != "about"
     ]
+    scaled = [
+        [f"{int(n):,}", f"{row['rollout_length']}"]
+        + [f"{row[f'{x}steps_per_second']:,.0f}" for x in ("env_", "act_", "")]
+        for n, row in part("env_speed")["found"].items()
+    ]
+    if part("env_speed")["error"]:
+        scaled.append([part("env_speed")["error"], "", "", "", ""])
+    costs = [
+        [f"`{name}`", *(f"{row[f'{x}_ratio']:.2f}" for x in ("memory", "time"))]
+        for name, row in part("estimator_cost")["found"].items()
+        if isinstance(row, dict)
+    ]
+    if part("estimator_cost")["error"]:
+        costs.append([part("estimator_cost")["error"], "", ""])
     checks = {
         "exact": "losses, gradients and completions in fp32 are the CPU's",
         "cartpole": "`ppo_envs.py` solves CartPole-v1",
@@ -451,10 +464,14 @@ def gpu(found: dict) -> tuple:
         sampled,
         ["model", "a step of", "rollout, s", "update, s", "peak, GB", "it went well"],
         steps,
-        ["a GPU of", "model", "flags, with `--max-new-tokens 512`", "peak, GB"],
+        ["a GPU of", "model", "flags, with `--max-new-tokens 512`", "used / held, GB"],
         cards,
         ["loss and backward pass", "memory / whole logits", "time / whole logits"],
         losses,
+        ["estimator of `vopd.py`", "memory / `sampled`", "time / `sampled`"],
+        costs,
+        ENV_COLUMNS,
+        scaled,
         ["check", "passed"],
         checks,
     )

@@ -1026,14 +1026,27 @@ def test_failed_part_of_a_gpu_reads_as_measured():
     parts = {"rollout": row | {"found": speed}, "exact": wrong}
     parts |= {"step-grpo-0.6B": row | {"found": step}}
     parts |= {"step-vopd-1.7B": wrong | {"found": step}}
-    parts["flags-8gb"] = row | {"found": {"peak_gb": 6.25}}
+    parts["flags-8gb"] = row | {"found": {"peak_gb": 6.25, "reserved_gb": 7.0}}
+    less = {"batch 64": {"tokens_per_second": 99.0, "new_tokens": 2}}
+    parts["continuous-batching"] = row | {"found": less}
+    rates = {"rollout_length": 32, "steps_per_second": 7.0}
+    rates |= {"env_steps_per_second": 9e6, "act_steps_per_second": 8.0}
+    parts["env_speed"] = wrong | {"found": {"4096": rates}}
+    cost = {"found": {"tokens": 16, "full": {"memory_ratio": 1.5, "time_ratio": 2.0}}}
+    parts["estimator_cost"] = row | cost
     sizes = dict(new_tokens=8, prompts=2, step_tokens=4, scored=16, vocab=100)
     found = {"parts": parts, "sizes": sizes, "torch": "2", "transformers": "5"}
-    text = "\n".join(map(report.table, *(readme.gpu(found)[i::2] for i in (1, 2))))
+    tables = [readme.gpu(found)[i::2] for i in (1, 2)]
+    for columns, rows in zip(*tables, strict=True):
+        assert {len(x) for x in rows} <= {len(columns)}
+    text = "\n".join(map(report.table, *tables))
     assert "| 64 | 1,234 | 20.0 |" in text
     assert "| Qwen3-0.6B | `grpo.py` | 1.0 | 2.0 | 9.0 | yes |" in text
     assert "| `vopd.py` | 1.0 | 2.0 | 9.0 | AssertionError: nothing moved |" in text
-    assert "micro-batch-size 4 --rollout-batch-size 32` | 6.2 |" in text
+    assert "micro-batch-size 4 --rollout-batch-size 32` | 6.2 / 7.0 |" in text
+    assert "batching | 64, 2 new tokens | 99 |" in text
+    assert "| 4,096 | 32 | 9,000,000 | 8 | 7 |\n| AssertionError: no" in text
+    assert "| `full` | 1.50 | 2.00 |" in text
     assert "rollout-batch-size 64` | not measured yet |" in text
     assert "are the CPU's | AssertionError: nothing moved |" in text
     assert "solves CartPole-v1 | not measured yet |" in text

@@ -620,6 +620,7 @@ def test_user_mistake_shows_a_traceback_or_is_ignored(cli, dmpo, tmp_path):
     for flags, words in (
         (dict(micro_batch_size=3), ("--micro-batch-size", "--group-size")),
         (dict(dm_coef=0, dm_only=True), ("--dm-only", "--dm-coef")),
+        (dict(kl_coef=0.1, dm_only=True), ("--dm-only", "--kl-coef")),
         (dict(dm_coef=0, dm_divergence="js"), ("--dm-divergence", "--dm-coef")),
         (dict(dm_coef=-1), ("--dm-coef",)),
         (dict(dm_coef="nan"), ("--dm-coef",)),

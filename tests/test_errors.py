@@ -289,6 +289,20 @@ def test_reward_that_breaks_at_once_leaves_half_a_run(name, train):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+def test_solution_that_is_no_text_is_a_traceback(name, train):
+    """Only the built-in model needs worked answers: a number there, or null, must not
+    stop a run of another one."""
+    script, values = load_script(name), "[i, None, 0, 'x'][i % 4]"
+    plugin = PLUGIN.replace('"answer": i', f'"answer": i, "solution": {values}')
+    assert plugin != PLUGIN and train(name, plugin)[0] == 0
+    line = dict(prompt="a", answer=1)
+    for value, wanted in ((0, "0"), (12, "12"), (None, ""), ("x", "x")):
+        for item in script.Problem("a", 1, value), line | {"solution": value}:
+            assert script.to_problem(item) == script.Problem("a", 1, wanted)
+    assert script.to_problem(line) == script.Problem("a", 1, "")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_run_goes_on_with_other_problems(name, train):
     """The order of the data is by place: a file that has grown, or a plug-in that goes
     through a set, makes a resumed run another one, in silence. The line says so."""

@@ -63,7 +63,7 @@ def test_group_of_one_zero_std_or_nan_reward(grpo, monkeypatch, capsys):
             assert equal.tolist() == [0.0] * 21
 
     problems = [grpo.Problem("a", 1), grpo.Problem("b", 2)]
-    for bad in math.nan, math.inf, None, "1", lambda: 1 / 0:
+    for bad in math.nan, math.inf, -1e39, None, "1", lambda: 1 / 0:  # float32's ends
         reward = lambda problem, _: 0.5 if problem.answer == 1 else bad
         if callable(bad):
             reward = lambda problem, _: 0.5 if problem.answer == 1 else bad()

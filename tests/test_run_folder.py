@@ -346,6 +346,20 @@ def test_copied_script_needs_more_or_its_help_lacks_a_flag(tmp_path, name):
         assert " above" not in text, lines[i]  # there is nothing above in --help
 
 
+def test_curve_of_penalties_lies_outside_the_picture(grpo, tmp_path, monkeypatch):
+    """An axis that begins at 0 shows no reward below it; one of shares begins there."""
+    axes, keep = [], lambda figure, *_, **__: axes.append(figure.axes[0])
+    monkeypatch.setattr(grpo.Figure, "savefig", keep)
+    for rewards in (-0.9, -0.5), (-0.5, 0.5), (0.4, 0.6):
+        rows = [dict(step=i, reward_mean=x) for i, x in enumerate(rewards)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "metrics.jsonl").write_text(text)
+        grpo.draw_curve(tmp_path)
+        low, high = axes[-1].get_ylim()
+        assert low <= min(rewards) and high >= max(rewards)
+        assert min(rewards) < 0 or low == 0
+
+
 @pytest.mark.parametrize("name", ["grpo", "vopd", "prefixrl", "dmpo", "ppo_envs"])
 def test_command_of_the_docstring_cannot_be_copied(name):
     """A line that ends in two backslashes, as Python would print one, ends the command

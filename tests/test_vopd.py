@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import (
     PLUGIN,
     Finished,
@@ -801,3 +802,21 @@ def test_teacher_of_a_gpu_is_in_bf16_whatever_dtype_says(vopd, folders, dtype):
     args = cpu_args(vopd, device="cuda", dtype=dtype, teacher=folders[1])
     teacher, _ = vopd.load_teacher([], args)
     assert {x.dtype for x in teacher.parameters()} == {getattr(torch, dtype)}
+
+
+def test_teacher_in_bf16_is_lost_in_a_long_text(vopd, folders):
+    """Rounded to bf16, RoPE's frequencies turn a token at 100 by up to a third of a
+    radian too far: a teacher that nobody else has, though each weight is right."""
+    args = cpu_args(vopd, dtype="bfloat16", teacher=folders[1])
+    teacher, _ = vopd.load_teacher([], args)
+    exact = transformers.AutoModelForCausalLM.from_pretrained(folders[1])
+    buffers, wanted = (dict(x.named_buffers()) for x in (teacher, exact))
+    assert wanted and {*buffers} == {*wanted}
+    for name, buffer in wanted.items():
+        assert buffers[name].dtype == buffer.dtype and buffers[name].equal(buffer)
+    positions = torch.arange(90, 110)[None]
+    angles, wanted = (
+        torch.atan2(*model.base_model.rotary_emb(torch.ones(1), positions)[::-1])
+        for model in (teacher, exact)
+    )
+    torch.testing.assert_close(angles, wanted)
