@@ -909,7 +909,8 @@ def check(args: Args) -> None:
         updates = args.steps * args.epochs * batch / size
         args.compile = "on" if args.device == "cuda" or updates > 2**14 else "off"
     if args.device == "cuda" and WORLD_SIZE > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        with blame("each rank needs a GPU of its own (or --device cpu)"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         compiled(lambda x: (-x,), args)(torch.zeros(2, device=args.device))
     except Exception as e:

@@ -214,8 +214,9 @@ TASKS = {"chain": (chain_problems, chain_reward, 9)}  # 9: default size
 def answer_reward(problem: Problem, completion: str) -> float:
     """For --data: 1.0 if the answer is the text after the last "Answer:" (all the text
     if there is none) or the last number in it, else 0.0."""
-    text = completion[-1000:].rpartition("Answer:")[2].strip().rstrip(".")
-    numbers = re.findall(r"-?[0-9]+(?:[.,][0-9]+)*", text)
+    text = completion[-1000:].rpartition("Answer:")[2]
+    text = text.strip("* \r\n\t").rstrip("*. \r\n\t")  # **Answer: B.**
+    numbers = re.findall(r"(?:(?<![\w)])-)?[0-9]+(?:[.,][0-9]+)*", text)
     return float(str(problem.answer).strip() in (text, *numbers[-1:]))
 
 
@@ -254,7 +255,10 @@ def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
         most = None if args.data else most  # generators may be endless
         for i, item in enumerate(itertools.islice(source, most), 1):
             with blame(f"{file}, line {i}: no object with prompt and answer"):
-                problems.append(to_problem(json.loads(item) if args.data else item))
+                problem = to_problem(json.loads(item) if args.data else item)
+                if args.data and not str(problem.answer).strip():
+                    raise ValueError("its answer is empty")
+                problems.append(problem)
     held_out = parsed[1][:: 10 if args.data and not args.eval_data else 1]
     held_out = held_out[: args.eval_prompts]
     seen = {str(problem.prompt) for problem in held_out}
@@ -1591,8 +1595,10 @@ def train(args: Args) -> int:
     model, tokenizer = load_model(str(last) if args.resume else name, args)
     add_lora(model, args)
     reference = None
-    if args.kl_coef:
-        reference = model if args.lora_rank else load_model(name, args)[0]
+    if args.kl_coef and args.lora_rank:
+        reference = model  # its adapters are off then
+    elif args.kl_coef:
+        reference = load_model(name, args)[0].requires_grad_(False)
     longest = model.config.max_position_embeddings - args.max_new_tokens
     tests = encode_prompts(tokenizer, held_out, longest), held_out
     # phase 1 takes prompts that leave room for a trace of its own
@@ -1689,7 +1695,8 @@ def main() -> None:
     args = parse_args()
     if WORLD_SIZE > 1:
         if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            with blame("each rank needs a GPU of its own (or --device cpu)"):
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
         name = [args.run_dir]
         dist.broadcast_object_list(name)  # the ranks' clocks differ

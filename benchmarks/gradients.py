@@ -27,7 +27,10 @@ import numpy as np
 import report
 import torch
 import transformers
+from code_hash import code_hash
 from matplotlib.figure import Figure
+
+PACKAGES = "torch", "transformers"
 
 
 def load_script(name: str) -> ModuleType:
@@ -40,14 +43,16 @@ def load_script(name: str) -> ModuleType:
 
 
 def run_until(script: ModuleType, steps: int, seed: int, more: str) -> Path:
-    """The folder run-<steps> of a run of the script that ends there."""
-    folder = Path(f"run-{steps}")
-    if not (folder / "checkpoint").exists():
+    """The folder run-<steps> of a run of the script that ends there, with more flags.
+    One that an interrupted call left is used if it came to its end with these flags."""
+    folder, words = Path(f"run-{steps}"), ["--seed", str(seed), "--steps", str(steps)]
+    words += ["--eval-every", "100000", "--device", "cpu", *more.split()]
+    done = folder / "done.json"  # written here, at the end
+    if not done.exists() or json.loads(done.read_text()) != words:
         shutil.rmtree(folder, ignore_errors=True)
-        command = [sys.executable, script.__file__, "--run-dir", str(folder), "--seed"]
-        command += [str(seed), "--steps", str(steps), "--eval-every", "100000"]
-        command += ["--device", "cpu", *more.split()]
+        command = [sys.executable, script.__file__, "--run-dir", str(folder), *words]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        done.write_text(json.dumps(words))
     return folder
 
 
@@ -80,8 +85,8 @@ def share_cache(folder: Path, home: Path) -> Path:
 
 def measure_seeds(measure: Callable, name: str, doc: str, **defaults) -> None:
     """Writes results/<program>.json: measure(script, seed, flags) of each seed, which
-    works in a folder of that seed. One that was measured with the same code and flags
-    is not measured again."""
+    works in a folder of that seed. One that was measured with the same code (of the
+    script and of the program), flags and versions is not measured again."""
     program = Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
@@ -103,6 +108,8 @@ def measure_seeds(measure: Callable, name: str, doc: str, **defaults) -> None:
     result |= {"torch": torch.__version__, "transformers": transformers.__version__}
     result |= {"threads": torch.get_num_threads(), "code": code, "flags": how}
     result |= {"seconds": {}, "cache_warm": {}, "seeds": {}}
+    own = [Path(x).read_text() for x in (measure.__code__.co_filename, __file__)]
+    made = how | {"code": code_hash(own), "versions": [result[x] for x in PACKAGES]}
     work, caches = Path(flags.work, code).resolve(), Path(flags.claims_work).resolve()
     for seed in flags.seeds:
         folder, home = work / f"s{seed}", caches / name / f"s{seed}"
@@ -110,10 +117,10 @@ def measure_seeds(measure: Callable, name: str, doc: str, **defaults) -> None:
         os.chdir(folder)
         path = Path("measured.json")
         known = json.loads(path.read_text()) if path.exists() else {}
-        if known.get("flags") != how:
+        if known.get("made") != made:
             whole, start = not any(folder.iterdir()), time.perf_counter()
             cached = sorted((cache := share_cache(folder, home)).iterdir())
-            known = {"flags": how, "policies": measure(script, seed, flags)}
+            known = {"made": made, "policies": measure(script, seed, flags)}
             known["seconds"] = time.perf_counter() - start if whole else None
             known["cache_warm"] = cached == sorted(cache.iterdir())
             path.write_text(json.dumps(known))

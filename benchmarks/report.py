@@ -168,7 +168,7 @@ def verdict(low: float, high: float, kind: str, margin: float, seeds: int) -> st
     if kind in ("higher", "lower"):
         yes, no = low > 0, high < 0 or inside
     elif kind in ("not-lower", "not-higher"):
-        yes, no = low > -margin, high < 0
+        yes, no = low > -margin, high < -margin
     elif kind == "equal":
         yes, no = inside, low > margin or high < -margin
     else:

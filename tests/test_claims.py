@@ -96,12 +96,13 @@ R, N, U = "replicated", "not replicated", "inconclusive"
         (-0.2, 0.3, "lower", U),
         (-0.05, 0.3, "not-lower", R),
         (-0.05, -0.01, "not-lower", R),  # it falls, but by less than the margin
-        (-0.2, -0.01, "not-lower", N),
+        (-0.2, -0.01, "not-lower", U),  # a fall, whether by the margin is open
         (-0.3, -0.2, "not-lower", N),
         (-0.2, 0.3, "not-lower", U),
         (-0.1, 0.3, "not-lower", U),
         (-0.3, 0.05, "not-higher", R),
-        (0.01, 0.2, "not-higher", N),
+        (0.01, 0.2, "not-higher", U),
+        (0.11, 0.2, "not-higher", N),
         (-0.3, 0.2, "not-higher", U),
         (-0.05, 0.05, "equal", R),
         (0.01, 0.09, "equal", R),

@@ -250,7 +250,64 @@ def test_reward_that_breaks_later_is_swallowed(cli, tmp_path):
     assert state["step"] == 2
 
 
+@pytest.mark.parametrize("flag", ["--data", "--eval-data"])
+def test_empty_answer_pays_for_an_empty_completion(refused, tmp_path, flag):
+    """Prompts exported without answers: "" is what an empty completion says, and a
+    model that stops at once gets a reward for each."""
+    lines = [LINE | {"prompt": f"{i}"} for i in range(40)]
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    lines[7]["answer"] = " "
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    flags = {"--data": "good.jsonl", "--eval-data": "good.jsonl", flag: "bad.jsonl"}
+    words = [word for pair in flags.items() for word in pair]
+    refused(*words, words=("bad.jsonl, line 8", "answer is empty"))
+
+
 SCRIPTS = "grpo", "vopd", "dmpo", "prefixrl"
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "ppo_envs"])
+def test_more_ranks_than_gpus_are_a_traceback(name, monkeypatch, capsys):
+    """torchrun with more processes than the machine has GPUs: each that has none says
+    so in one line."""
+
+    def absent(number):
+        raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors ...")
+
+    script = load_script(name)
+    args = script.Args(device="cuda")
+    monkeypatch.setattr(script, "WORLD_SIZE", 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", absent)
+    if name == "ppo_envs":
+        monkeypatch.setattr(script, "read_flags", lambda *_: args)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    else:
+        monkeypatch.setattr(script, "parse_args", lambda: args)
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "GPU of its own" in error and "invalid device ordinal" in error
+
+
+@pytest.mark.parametrize("name", ["grpo", "dmpo", "prefixrl"])
+def test_reference_is_copied_for_a_gradient(name, train, monkeypatch):
+    """Autocast keeps a bf16 copy of each weight that may get a gradient: of a reference
+    that nobody trains, too, half as much memory again."""
+    script, seen = load_script(name), []
+    real = script.update
+
+    def update(model, reference, *rest):
+        seen.append({x.requires_grad for x in reference.parameters()})
+        assert all(x.requires_grad for x in model.parameters())
+        return real(model, reference, *rest)
+
+    monkeypatch.setattr(script, "update", update)
+    load = script.parse_args
+    kl = lambda: script.dataclasses.replace(load(), kl_coef=0.1)
+    monkeypatch.setattr(script, "parse_args", kl)
+    assert train(name, PLUGIN)[0] == 0 and seen[0] == {False}
 
 
 @pytest.fixture

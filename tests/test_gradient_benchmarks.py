@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -94,6 +96,56 @@ def test_time_of_an_interrupted_seed_is_short(tmp_path, monkeypatch):
         assert found["seeds"]["2"] == {"step 0": {"plain": {"snr": 2.0}}}
         assert found["seconds"]["1"] >= 0 and found["seconds"]["2"] is None
     assert calls == [1, 2]
+
+
+RUN = """
+import json, os, sys
+folder, *flags = sys.argv[2:]
+os.makedirs(folder + "/checkpoint")
+open("calls", "a").write(" ".join(flags) + "\\n")
+if os.path.exists("interrupt"):
+    os.remove("interrupt")
+    sys.exit(130)
+"""
+
+
+def test_interrupted_run_counts_as_finished(tmp_path, monkeypatch):
+    """A checkpoint is there long before the end of a run, and stays there under other
+    flags: a policy of step 50 would be published as that of step 60."""
+    module, calls = load("gradients"), lambda: Path("calls").read_text().splitlines()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script.py").write_text(RUN)
+    script = ModuleType("script")
+    script.__file__ = str(tmp_path / "script.py")
+    (tmp_path / "interrupt").touch()
+    with pytest.raises(subprocess.CalledProcessError):
+        module.run_until(script, 60, 1, "")
+    assert (tmp_path / "run-60/checkpoint").exists()
+    for more, count in (("", 2), ("", 2), ("--group-size 4", 3), ("", 4)):
+        assert module.run_until(script, 60, 1, more) == Path("run-60")
+        assert len(calls()) == count
+    assert calls()[2] == calls()[3] + " --group-size 4"
+
+
+def test_numbers_of_another_program_are_kept(tmp_path, monkeypatch):
+    """An edit of what measures, or another version of torch, must not bring back the
+    old numbers under today's date."""
+    module, calls = load("gradients"), []
+    monkeypatch.setattr(module, "draw", lambda *_: None)
+    monkeypatch.setattr(module, "load_script", lambda name: name)
+    argv = ["prefix_gradients.py", "--seeds", "1", "--work", str(tmp_path / "work")]
+    argv += ["--claims-work", str(tmp_path / "claims"), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    for count, value, torch_now in ((1, 1, "a"), (1, 1, "a"), (2, 2, "a"), (3, 2, "b")):
+        file = tmp_path / "program.py"
+        file.write_text(
+            f"def measure(*_):\n    calls.append({value})\n    return {{}}\n"
+        )
+        names = {"calls": calls}
+        exec(compile(file.read_text(), str(file), "exec"), names)
+        monkeypatch.setattr(module.torch, "__version__", torch_now)
+        module.measure_seeds(names["measure"], "prefixrl", "Doc.", batches=2)
+        assert len(calls) == count
 
 
 def test_models_are_made_a_second_time(tmp_path, monkeypatch):

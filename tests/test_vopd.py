@@ -806,7 +806,8 @@ def test_teacher_of_a_gpu_is_in_bf16_whatever_dtype_says(vopd, folders, dtype):
 
 def test_teacher_in_bf16_is_lost_in_a_long_text(vopd, folders):
     """Rounded to bf16, RoPE's frequencies turn a token at 100 by up to a third of a
-    radian too far: a teacher that nobody else has, though each weight is right."""
+    radian too far: a teacher that nobody else has, though each weight is right.
+    https://github.com/NVIDIA-NeMo/Automodel/pull/2549"""
     args = cpu_args(vopd, dtype="bfloat16", teacher=folders[1])
     teacher, _ = vopd.load_teacher([], args)
     exact = transformers.AutoModelForCausalLM.from_pretrained(folders[1])
