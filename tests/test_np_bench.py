@@ -188,6 +188,7 @@ def optimum(instance: dict) -> int | None:
 STYLES = (
     lambda a: f"Answer: {', '.join(map(str, a))}",
     lambda a: f"Answer: 7, 7\nno.\n**Answer:** {a}.",
+    lambda a: f"Answer: 7, 7\nno.\n**Answer**: {a}.",
     lambda a: f"3 * 5 = 15\n\nAnswer:\n{' '.join(map(str, a))}\n",
     lambda a: "x" * 2000 + f"Answer: ({';'.join(map(str, a))})",
 )
@@ -656,10 +657,9 @@ def test_mistake_of_the_user_shows_a_traceback(tmp_path, capsys, monkeypatch):
 
 def test_script_cannot_load_the_plug_in(grpo, monkeypatch):
     """As grpo.py loads it, with the environment variables that choose: the problems are
-    of that task and size, and as chat messages if asked for."""
+    of that task and size, and chat messages, as a chat model must be asked."""
     monkeypatch.setenv("NP_TASKS", "hamiltonian")  # the quickest, as 20,000 are drawn
     monkeypatch.setenv("NP_SIZES", "easy")
-    monkeypatch.setenv("NP_CHAT", "1")
     args = grpo.Args(task=str(PLUGIN), eval_prompts=8)
     train, held_out, reward = grpo.load_task(args)
     assert len(train) > 19_000 and len(held_out) == 8
@@ -673,7 +673,8 @@ def test_script_cannot_load_the_plug_in(grpo, monkeypatch):
 
 def test_dataset_cannot_be_trained_on(cli, dataset, tmp_path, monkeypatch):
     """NP_DATA: the plug-in reads what it wrote, the test file being what is held out,
-    and grpo.py makes a step on it."""
+    and grpo.py makes a step on it; of a model without a chat template, with NP_CHAT."""
+    monkeypatch.setenv("NP_CHAT", "0")
     monkeypatch.setenv("NP_DATA", str(dataset / "np.jsonl"))
     stored = [[x["prompt"] for x in np_bench.problems(s, 9)] for s in ("train", "eval")]
     files = dataset / "np.jsonl", dataset / "np.test.jsonl"

@@ -180,6 +180,18 @@ GSM8K_REWARDS = [
     ("2.5", "2.5 and 3", 0),
     ("0", "0", 1),
     ("0", "none", 0),
+    ("1234", r"\boxed{1{,}234}", 1),
+    ("1234", r"1\,234", 1),
+    ("1234", r"$1,\!234$", 1),
+    ("2", "it is 1/2", 0),
+    ("1", "it is 1/2", 0),
+    ("0.5", "it is 1/2", 1),
+    ("3.5", r"\boxed{\dfrac{7}{2}}", 1),
+    ("2", r"\frac{7}{2}", 0),
+    ("-3.5", r"-\frac{7}{2}", 1),
+    ("0", "1/0", 0),
+    ("18", "18 m^2", 1),
+    ("2", "18 m^2", 0),
 ]
 
 
@@ -300,6 +312,9 @@ def test_box_is_cut_at_the_first_brace(load, tmp_path, capsys):
         found[number] = problem.answer
         assert reward(problem, problem.solution) == 1.0
     assert found == expected  # problem 0 is held out: it is in the test split
+    asked = load("math", MATH_DATASET=folder, MATH_SUFFIX="/no_think")[0]
+    contents = [problem.prompt[0]["content"] + " /no_think" for problem in problems]
+    assert [problem.prompt[0]["content"] for problem in asked] == contents
     order = [problem.answer for problem in held_out]
     in_file = [*map(str, range(30)), "42"]
     assert sorted(order) == sorted(in_file) and order != in_file
@@ -327,6 +342,8 @@ MATH_REWARDS = [
     ("(1,2)", r"\boxed{(1, 2)}", 1),
     ("(1,2)", r"\boxed{(2, 1)}", 0),
     ("1,234", r"\boxed{1234}", 1),
+    ("14", r"\boxed{14.}", 1),
+    ("14", r"\boxed{14,}", 1),
     ("5", r"\boxed{5}" + "." * 1_900, 1),
     ("5", r"\boxed{5}" + "." * 2_100, 0),
     ("5", r"\boxed{}", 0),
@@ -474,7 +491,7 @@ def test_generator_cannot_be_posed_or_scored(load):
         assert message["role"] == "user"
         assert message["content"].startswith(entry["question"])
         own = reasoning_gym.get_score_answer_fn(name)
-        for answer in (entry["answer"], "7"):
+        for answer in (entry["answer"], f"{entry['answer']}.", "7"):
             value = reward(problem, f"So: <answer>\n{answer}\n</answer>.")
             assert 0 <= value <= 1
             try:
@@ -488,6 +505,30 @@ def test_generator_cannot_be_posed_or_scored(load):
         assert reward(problem, str(entry["answer"])) == 0.0
         assert reward(problem, f"<answer>{entry['answer']}") == 0.0
     assert right > 80
+
+
+def test_scorer_that_pays_for_a_constant_is_not_named(load, capsys):
+    """A model finds an answer that is paid for whatever was asked, and pass@1 is 1: of
+    all but the slow generators those that take one of these for most of 12 problems are
+    named on stderr when they are loaded, no other is."""
+    names = ",".join(GENERATORS)
+    every = dict(REASONING_GYM=names, REASONING_GYM_SIZE=16 * len(GENERATORS))
+    problems, _, reward = load("reasoning_gym", **every)
+    said, asked = capsys.readouterr().err, {}
+    for problem in problems:
+        asked.setdefault(problem.answer["name"], []).append(problem)
+    judge, paid = inside(reward)["judge"], set()
+    for name, some in asked.items():
+        for constant in ("0", "nan", "x"):
+            scores = []
+            for problem in some[:12]:
+                try:
+                    scores.append(judge(name, constant, problem.answer["entry"]))
+                except Exception:  # as in the worker
+                    scores.append(0.0)
+            if sum(score >= 1 for score in scores) > len(scores) / 2:
+                paid.add(name)
+    assert paid == {name for name in asked if f"{name}: " in said} and len(paid) >= 3
 
 
 def test_held_out_question_is_trained_on(load, monkeypatch):
@@ -507,6 +548,11 @@ def test_held_out_question_is_trained_on(load, monkeypatch):
     train = questions["train", 1] | questions["train", 2]
     held_out = questions["eval", 1] | questions["eval", 2]
     assert len(train) > 50 and len(held_out) > 15 and not train & held_out
+    monkeypatch.setenv("REASONING_GYM_SUFFIX", "/no_think")
+    for seed in (1, 2):  # the split is that of the question alone
+        made = [p["prompt"][0]["content"] for p in problems("eval", seed)]
+        assert {x.removesuffix(" /no_think") for x in made} == questions["eval", seed]
+        assert all(x.endswith(" /no_think") for x in made)
     monkeypatch.setenv("REASONING_GYM_CONFIG", "{}")
     inside(reward)["generator"].cache_clear()
     first = {p["prompt"][0]["content"] for p in problems("train", 1)}
@@ -544,9 +590,9 @@ def test_score_out_of_range_is_trained_on():
     """A generator that scores 1.5 or a negative number would outweigh all others."""
     reward = runpy.run_path(str(TASKS / "reasoning_gym.py"))["reward"]
     problem = SimpleNamespace(answer={"name": "chain_sum", "entry": {}})
-    for value in (0, 0.5, 1):
+    for value in (0, 0.5, 1, 1 + 2**-52, -1e-9):  # the last two by rounding
         inside(reward)["bounded"] = lambda *job: value
-        assert reward(problem, "<answer>3</answer>") == value
+        assert reward(problem, "<answer>3</answer>") == min(max(value, 0), 1)
     for value in (-0.1, 1.5, float("nan")):
         inside(reward)["bounded"] = lambda *job: value
         with pytest.raises(ValueError, match="chain_sum"):

@@ -1,7 +1,8 @@
 """GSM8K (arXiv 2110.14168): school arithmetic in words, the last number is the answer.
 
     GSM8K_SUFFIX=/no_think python algos/grpo.py --model Qwen/Qwen3-0.6B \\
-        --max-new-tokens 512 --task benchmarks/tasks/gsm8k.py
+        --task benchmarks/tasks/gsm8k.py --max-new-tokens 512 \\
+        --micro-batch-size 8 --rollout-batch-size 128 --gradient-checkpointing
 
     GSM8K_SUFFIX  put behind each question; Qwen3's chat models think first, for more
                 than 512 tokens, unless it is /no_think
@@ -11,8 +12,8 @@
                 --local-dir gsm8k
 
 The reward is 1 if the last number in the last 1,000 characters of a completion equals
-the answer: 1,234 and $1234.00 are equal. Evaluation takes the test split in its order;
-a question of it that is in the train split too is not trained on. Needs
+the answer: 1,234 and $1234.00 are equal, 1/2 is a half. Evaluation takes the test split
+in its order; a question of it that is in the train split too is not trained on. Needs
 benchmarks/requirements.txt.
 """
 
@@ -27,17 +28,27 @@ INSTRUCTION = "Reason step by step. End with the answer as a plain number."
 # a minus sign directly behind a word, a number or a bracket is a difference
 NUMBER = re.compile(
     r"((?<![\w)])[-−])?\$?([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?"
-    r"|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+    r"|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:/([0-9]+))?"
 )
+LATEX = {  # what is read as other numbers, and how it is written without LaTeX
+    r"\{,\}": ",",
+    r"\\[,!]": "",  # small spaces
+    r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}": r"\1/\2",
+    r"\^\{?[0-9]+\}?": "",  # an exponent, often of a unit
+}
 
 
 def last_number(text: str) -> Decimal | None:
     """The last number in the last 1,000 characters; None if there is none."""
-    found = NUMBER.findall(text[-1000:])
-    if not found:
+    text = text[-1000:]
+    for pattern, plain in LATEX.items():
+        text = re.sub(pattern, plain, text)
+    found = NUMBER.findall(text)
+    if not found or (found[-1][2] and not int(found[-1][2])):  # divided by 0
         return None
-    sign, digits = found[-1]
-    return Decimal(digits.replace(",", "")).copy_sign(-1 if sign else 1)
+    sign, digits, divisor = found[-1]
+    number = Decimal(digits.replace(",", "")) / Decimal(divisor or 1)
+    return number.copy_sign(-1 if sign else 1)
 
 
 def to_problem(row: dict) -> dict:

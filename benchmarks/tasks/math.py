@@ -1,7 +1,8 @@
 """MATH (arXiv 2103.03874): competition problems, judged by math-verify.
 
-    python algos/grpo.py --model Qwen/Qwen3-0.6B --max-new-tokens 1024 \\
-        --task benchmarks/tasks/math.py
+    MATH_SUFFIX=/no_think python algos/grpo.py --model Qwen/Qwen3-0.6B \\
+        --task benchmarks/tasks/math.py --max-new-tokens 1024 \\
+        --micro-batch-size 4 --rollout-batch-size 64 --gradient-checkpointing
 
     MATH_DATASET  the data set: a hub name or a local folder in the hub's format, with
                   the splits train and test and the columns problem and solution
@@ -10,9 +11,12 @@
                   down in January 2025)
     MATH_CONFIG   a configuration of it, such as algebra (default: its own default)
     MATH_SECONDS  limit for one verdict (default: 3)
+    MATH_SUFFIX   put behind each question; Qwen3's chat models think first, often for
+                  longer than there is room, unless it is /no_think
 
 The reward is 1 if the last \\boxed{...} in the last 2,000 characters of a completion is
-the text of the answer, or equal to it for math-verify. Evaluation takes the test split
+the text of the answer, or equal to it for math-verify (which does not compare the bases
+of numbers such as 12_7). Evaluation takes the test split
 in a fixed order that mixes its subjects; its questions are not trained on. Rows without
 a boxed answer are left out, and counted on stderr.
 
@@ -84,7 +88,9 @@ def problems(split: str, seed: int) -> Iterator[dict]:
     rows, found = test if split == "eval" else train, []
     for problem, solution in random.Random(0).sample(rows, len(rows)):
         if answer := boxed(solution):
-            prompt = [{"role": "user", "content": f"{problem}\n\n{INSTRUCTION}"}]
+            suffix = os.environ.get("MATH_SUFFIX", "")
+            content = f"{problem}\n\n{INSTRUCTION} {suffix}".strip()
+            prompt = [{"role": "user", "content": content}]
             found.append({"prompt": prompt, "answer": answer, "solution": solution})
     if left_out := len(rows) - len(found):
         about = f"{left_out} of {len(rows)} {split} problems"
@@ -97,7 +103,7 @@ def reward(problem, completion: str) -> float:
     given = boxed(completion[-2000:])
     if given is None or given == problem.answer:
         return float(given is not None)
-    return bounded(problem.answer, given)
+    return bounded(problem.answer, given.rstrip(".,"))
 
 
 # ------------------- A judge with bounds: the same in both files ----------------------

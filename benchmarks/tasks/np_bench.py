@@ -5,11 +5,12 @@ The tasks are those of NP-Engine (github.com/OliverLeeXZ/NP-Engine); that DMPO (
 The easy sizes are published; medium and hard, the generators and all words are ours.
 
     NP_TASKS=knapsack,tsp NP_SIZES=easy,medium python algos/grpo.py --model ... \\
-        --task benchmarks/tasks/np_bench.py --max-new-tokens 1024
+        --task benchmarks/tasks/np_bench.py --max-new-tokens 1024 \\
+        --micro-batch-size 4 --rollout-batch-size 64 --gradient-checkpointing
 
     NP_TASKS  names in TASKS below, separated by commas (default: all ten)
     NP_SIZES  easy, medium, hard (default: easy)
-    NP_CHAT   1: prompts are chat messages, for the model's chat template
+    NP_CHAT   0: prompts are plain text, for a base model; else chat messages
     NP_DATA   a data set written before, read instead of generating anything
 
 A completion reasons and ends with `Answer:` and a list of numbers. Its reward is 0.1 if
@@ -491,9 +492,10 @@ TASKS = {row[0]: task(*row) for row in ROWS}
 
 
 def parse(text: str) -> list[int] | None:
-    """The numbers after the last "Answer:", or None if there are none, if one has more
-    than four digits, or if there is anything else but commas, spaces and brackets."""
-    _, found, rest = text[-LONGEST:].rpartition("Answer:")
+    """The numbers after the last "Answer:" (or "**Answer**:"), or None if there are
+    none, if one has more than four digits, or if there is anything else but commas,
+    spaces and brackets."""
+    *found, rest = re.split(r"Answer\*{0,2}:", text[-LONGEST:])
     rest = rest.strip(" \t\n*`$.")
     if not found or not re.fullmatch(r"[0-9 \t\n,;()\[\]]+", rest):
         return None
@@ -605,7 +607,7 @@ def problems(split: str, seed: int) -> Iterator[dict]:
         tasks = names_in(os.environ.get("NP_TASKS", ""), TASKS, "NP_TASKS")
         sizes = os.environ.get("NP_SIZES", "easy")
         source = generated(split, seed, tasks, names_in(sizes, SIZES, "NP_SIZES"))
-    if not os.environ.get("NP_CHAT"):
+    if os.environ.get("NP_CHAT") == "0":
         return iter(source)
     chat = lambda item: [{"role": "user", "content": item["prompt"]}]
     return (item | {"prompt": chat(item)} for item in source)

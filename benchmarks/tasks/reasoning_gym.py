@@ -1,7 +1,9 @@
 """reasoning-gym (arXiv 2505.24760): any of its generators of problems with a verifier.
 
-    REASONING_GYM=countdown,chain_sum python algos/grpo.py --model Qwen/Qwen3-0.6B \\
-        --task benchmarks/tasks/reasoning_gym.py --max-new-tokens 512
+    REASONING_GYM=countdown,chain_sum REASONING_GYM_SUFFIX=/no_think \\
+        python algos/grpo.py --model Qwen/Qwen3-0.6B \\
+        --task benchmarks/tasks/reasoning_gym.py --max-new-tokens 512 \\
+        --micro-batch-size 8 --rollout-batch-size 128 --gradient-checkpointing
 
     REASONING_GYM          names of generators, separated by commas, which take turns
                            (default: countdown)
@@ -10,9 +12,11 @@
                            quarters are trained on: seconds for most generators, over a
                            minute for countdown, two seconds each for knight_swap
     REASONING_GYM_SECONDS  limit for one verdict (default: 3)
+    REASONING_GYM_SUFFIX   put behind each question: see gsm8k.py's
 
 The reward is the generator's own score, 0 to 1, of what stands in the last <answer>
-</answer> of the last 10,000 characters of a completion; 0 without one. A question's own
+</answer> of the last 10,000 characters of a completion; 0 without one. The scorers of
+three generators pay for one answer to all questions; a line says so. A question's own
 text decides whether it is held out (a quarter is), so the splits share none under any
 seed; their generators have seeds apart as well. Those of isomorphic_strings,
 polynomial_multiplication and ransom_note follow PYTHONHASHSEED too: fix it to resume a
@@ -45,6 +49,7 @@ if __name__ == os.path.basename(__file__)[:-3]:
 INSTRUCTION = "Reason step by step, then give the answer as <answer>...</answer>."
 SECONDS = float(os.environ.get("REASONING_GYM_SECONDS", 3))
 WARM_UP = "chain_sum", "3", {"answer": "3"}
+PAYS_FOR = {"coin_flip": "0", "complex_arithmetic": "nan", "game_of_life_halting": "x"}
 
 
 @functools.cache
@@ -73,6 +78,11 @@ def problems(split: str, seed: int) -> Iterator[dict]:
     each = -(-size // len(names))
     entries = [generator(name, first, each) for name in names]
     worker()  # if reasoning-gym does not work there, that is said now
+    for name in PAYS_FOR.keys() & names if split == "train" else ():
+        said = (
+            f"{name}: the answer {PAYS_FOR[name]!r} is paid for by nearly any question"
+        )
+        print(said, file=sys.stderr)
     return generated(split, names, zip(*entries))
 
 
@@ -83,7 +93,9 @@ def generated(split: str, names: list[str], turns: Iterable[tuple]) -> Iterator[
         if (random.Random(prompt).random() < 1 / 4) == (split == "eval"):
             answer = {"name": name, "entry": entry}
             solution = f"<answer>{entry['answer']}</answer>" if entry["answer"] else ""
-            prompt = [{"role": "user", "content": prompt}]
+            suffix = os.environ.get("REASONING_GYM_SUFFIX", "")
+            content = f"{prompt} {suffix}".rstrip()
+            prompt = [{"role": "user", "content": content}]
             yield {"prompt": prompt, "answer": answer, "solution": solution}
 
 
@@ -94,9 +106,9 @@ def reward(problem, completion: str) -> float:
     if not (end and start):
         return 0.0
     value = bounded(problem.answer["name"], given.strip(), problem.answer["entry"])
-    if not 0 <= value <= 1:
+    if not -1e-6 < value < 1 + 1e-6:  # some add parts up, and round
         raise ValueError(f"{problem.answer['name']} scored {value}, not 0 to 1")
-    return value
+    return min(max(value, 0.0), 1.0)
 
 
 # ------------------- A judge with bounds: the same in both files ----------------------
