@@ -9,7 +9,9 @@ with 64 environments of gymnasium in one process a loop in the manner of CleanRL
 ppo.py, Stable-Baselines3 and PufferLib's trainer; with as many environments as ours a
 PPO in JAX, wholly inside one jit, in the manner of PureJaxRL. The first and the last
 are written here. What else is equal and what is not, each peer's function below says,
-and the JSON file with it. A peer that is not installed is left out with a line.
+and the JSON file with it. Ours is compiled, as JAX's is, the peers in torch are not:
+beside them stands ours that is not, too. To compile takes ten seconds, which are not in
+these figures. A peer that is not installed is left out with a line.
 PufferLib 3.0.0 asks for numpy below 2 and gymnasium below 0.30, so it is not among the
 requirements; beside newer ones its trainer runs, if it is built without its pins and
 its C environments (its setup.py then wants a name that it does not set):
@@ -105,6 +107,11 @@ def ours(num_envs: int, length=LENGTH, device="cpu", compile="on") -> tuple:
         return script.describe(stats, totals, clock, start, batch)
 
     return iteration, num_envs * length
+
+
+def ours_eager(num_envs: int) -> tuple:
+    """algos/ppo_envs.py with --compile off: as eager as its peers in torch."""
+    return ours(num_envs, compile="off")
 
 
 def network(outputs: int, gain: float) -> torch.nn.Sequential:
@@ -360,7 +367,8 @@ def in_turns(num_envs: int, rounds: int) -> dict:
     """Steps a second of everything, ours and the peers by turns: medians of rounds."""
     context, programs, seconds = multiprocessing.get_context(START), {}, {}
     cases = {"ours": (ours, num_envs), "JAX": (jax_ppo, num_envs)}
-    cases |= {"ours, 64": (ours, 64), "gymnasium loop": (gymnasium_loop, 64)}
+    cases |= {"ours, 64": (ours, 64), "ours, 64, not compiled": (ours_eager, 64)}
+    cases |= {"gymnasium loop": (gymnasium_loop, 64)}
     cases |= {"Stable-Baselines3": (stable_baselines3, 64)}
     cases |= {"PufferLib": (pufferlib_ppo, 64)}
     for name, (make, envs) in cases.items():

@@ -369,22 +369,19 @@ def env_speed(found: dict) -> tuple[str, list, list, list, list]:
         + [count(row[f"{part}steps_per_second"]) for part in ("env_", "act_", "")]
         for envs, row in found["ours"].items()
     ]
-    ours = {
-        x["num_envs"]: x
-        for name, x in found["in turns"].items()
-        if name.startswith("ours")
-    }
-    rows = []
-    for name, peer in found["in turns"].items():
+    rows, turns = [], found["in turns"]
+    for name, peer in turns.items():
         if name.startswith("ours"):
             continue
-        cells, beside = [name, count(peer["num_envs"])], ours[peer["num_envs"]]
-        cells += [count(x["steps_per_second"]) for x in (beside, peer)]
-        pairs = list(zip(beside["seconds"], peer["seconds"]))
-        for clock in range(2):
-            ratios = [its[clock] / own[clock] for own, its in pairs]
+        n = peer["num_envs"]
+        cells, compiled = [name, count(n)], turns[f"ours, {n}" if n == 64 else "ours"]
+        cells += [count(x["steps_per_second"]) for x in (compiled, peer)]
+        eager = turns.get(f"ours, {n}, not compiled", {"seconds": []})
+        for mine, clock in (compiled, 0), (compiled, 1), (eager, 0):
+            pairs = list(zip(mine["seconds"], peer["seconds"]))
+            ratios = [its[clock] / ours[clock] for ours, its in pairs] or [math.nan]
             ends = statistics.median(ratios), min(ratios), max(ratios)
-            cells.append("{:.2f} ({:.2f} to {:.2f})".format(*ends))
+            cells.append("{:.2f} ({:.2f} to {:.2f})".format(*ends) if pairs else "")
         rows.append(cells)
     intro = f"CartPole-v1, --compile {found['flags']['compile']} (without the flag it "
     intro += "is on from 16,384 gradient steps up), two hidden layers of 64, "
@@ -393,12 +390,14 @@ def env_speed(found: dict) -> tuple[str, list, list, list, list]:
     intro += f"cores used: {found['cores used']}, load {found['load before']:.1f} "
     intro += f"before and {found['load after']:.1f} after. The peers' rollouts are of "
     intro += f"{found['rollout_length']} steps, and ours beside them; each takes turns "
-    intro += "with ours. JAX is a jitted PPO in the manner of PureJaxRL and the "
-    intro += "gymnasium loop one in the manner of CleanRL, both written for this "
-    intro += "comparison; PufferLib's trainer steps gymnasium's CartPole here, not its "
+    intro += "with ours. Ours and JAX are compiled, the peers in torch are not; the "
+    intro += "ten seconds that compiling takes are not in this. JAX is a jitted PPO in "
+    intro += "the manner of PureJaxRL and the gymnasium loop one in the manner of "
+    intro += "CleanRL, both written for this comparison; PufferLib's trainer steps gymnasium's CartPole here, not its "
     intro += "own environments in C."
     peers = ["everything, beside", "environments", "ours, steps/s", "peer"]
     peers += ["ours / peer (over rounds)", "the same of processor time"]
+    peers.append("ours, not compiled / peer")
     return intro, ENV_COLUMNS, own, peers, rows
 
 

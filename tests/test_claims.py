@@ -972,11 +972,12 @@ def test_table_turns_a_ratio_round_or_takes_the_wrong_ours():
     found["ours"]["4096"] = dict(zip(names, (3e6, 2e4, 1e3)), rollout_length=8)
     found["in turns"] = {"ours": row(9, 50.0, 50.0, 7.0)}
     found["in turns"] |= {"ours, 64": row(64, 1.0, 1.0, 1000.0)}
+    found["in turns"] |= {"ours, 64, not compiled": row(64, 1.6, 3.0, 625.0)}
     found["in turns"] |= {"Peer": row(64, 2.0, 4.0, 500.0)}
     found["in turns"]["Peer"]["seconds"][2][0] = 5.0
     text = readme.numbers("env_speed", found)
     assert "| 4,096 | 8 | 3,000,000 | 20,000 | 1,000 |\n" in text
-    ratios = "2.00 (2.00 to 5.00) | 4.00 (4.00 to 4.00) |\n"
+    ratios = "2.00 (2.00 to 5.00) | 4.00 (4.00 to 4.00) | 1.25 (1.25 to 3.12) |\n"
     assert f"| Peer | 64 | 1,000 | 500 | {ratios}" in text
     assert text.count("\n\n| ") == 2 and "ours, 64" not in text
 

@@ -25,12 +25,13 @@ def test_a_missing_peer_ends_the_benchmark(monkeypatch, capsys):
         return lambda: None, 2**15
 
     monkeypatch.setattr(env_speed, "START", "fork")  # with what is patched here
-    for name in ("ours", "gymnasium_loop", "stable_baselines3"):
+    for name in ("ours", "ours_eager", "gymnasium_loop", "stable_baselines3"):
         monkeypatch.setattr(env_speed, name, peer)
     for name in ("pufferlib", "jax"):
         monkeypatch.setitem(sys.modules, name, None)  # its import fails
     found = env_speed.in_turns(8, rounds=2)
-    assert list(found) == ["ours", "ours, 64", "gymnasium loop", "Stable-Baselines3"]
+    names = "ours", "ours, 64", "ours, 64, not compiled", "gymnasium loop"
+    assert list(found) == [*names, "Stable-Baselines3"]
     assert {row["what"] for row in found.values()} == {"Does nothing."}
     lines = capsys.readouterr().out.splitlines()
     left_out = [line for line in lines if "is left out" in line]

@@ -79,9 +79,7 @@ def problems(split: str, seed: int) -> Iterator[dict]:
     entries = [generator(name, first, each) for name in names]
     worker()  # if reasoning-gym does not work there, that is said now
     for name in PAYS_FOR.keys() & names if split == "train" else ():
-        said = (
-            f"{name}: the answer {PAYS_FOR[name]!r} is paid for by nearly any question"
-        )
+        said = f"{name}: nearly any question pays for {PAYS_FOR[name]!r}"
         print(said, file=sys.stderr)
     return generated(split, names, zip(*entries))
 
