@@ -393,8 +393,8 @@ def env_speed(found: dict) -> tuple[str, list, list, list, list]:
     intro += "with ours. Ours and JAX are compiled, the peers in torch are not; the "
     intro += "ten seconds that compiling takes are not in this. JAX is a jitted PPO in "
     intro += "the manner of PureJaxRL and the gymnasium loop one in the manner of "
-    intro += "CleanRL, both written for this comparison; PufferLib's trainer steps gymnasium's CartPole here, not its "
-    intro += "own environments in C."
+    intro += "CleanRL, both written for this comparison; PufferLib's trainer steps "
+    intro += "gymnasium's CartPole here, not its own environments in C."
     peers = ["everything, beside", "environments", "ours, steps/s", "peer"]
     peers += ["ours / peer (over rounds)", "the same of processor time"]
     peers.append("ours, not compiled / peer")
