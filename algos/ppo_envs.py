@@ -990,7 +990,7 @@ def train(args: Args) -> int:
         transitions = step * args.num_envs * args.rollout_length
         metrics = {"step": step, "transitions": transitions}
         metrics |= describe(stats, totals, clock, start, batch)
-        if "grad_norm" not in metrics:
+        if "grad_norm" not in metrics:  # what is not finite is left out
             fail(
                 f"the gradient is not finite at step {step}, nothing of it is saved: "
                 "start anew with a lower --learning-rate"
