@@ -77,10 +77,10 @@ FINDINGS = {  # (claim, the verdict that makes it true, sentence)
          "but behind imitation of the same traces with RL after it."),
     ],
     "dmpo": [
-        ("DMPO: the quality ratio is above GRPO's", "inconclusive",
-         "At the paper's lambda nearly GRPO: which answers are better is open,"),
-        ("DMPO: more distinct feasible answers among 16 than with GRPO", "replicated",
-         "slightly more of them are distinct."),
+        ("DMPO: the quality ratio is above GRPO's", "not replicated",
+         "At the paper's lambda nearly GRPO: no better answers,"),
+        ("DMPO: more distinct feasible answers among 16 than with GRPO",
+         "not replicated", "hardly more distinct ones."),
     ],
     "ppo_envs": [
         ("Ours: up to 1,024 environments, more end higher with the recipe",
