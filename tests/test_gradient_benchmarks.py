@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -141,10 +142,9 @@ def test_numbers_of_another_program_are_kept(tmp_path, monkeypatch):
         file.write_text(
             f"def measure(*_):\n    calls.append({value})\n    return {{}}\n"
         )
-        names = {"calls": calls}
-        exec(compile(file.read_text(), str(file), "exec"), names)
+        program = runpy.run_path(str(file), {"calls": calls})
         monkeypatch.setattr(module.torch, "__version__", torch_now)
-        module.measure_seeds(names["measure"], "prefixrl", "Doc.", batches=2)
+        module.measure_seeds(program["measure"], "prefixrl", "Doc.", batches=2)
         assert len(calls) == count
 
 
