@@ -1,0 +1,69 @@
+"""Claims of vopd and dmpo in each set of runs of the same seeds that was published.
+
+    python benchmarks/earlier_sets.py
+
+Rounding alone makes other base models, so a set that was run again with newer code is
+another sample. Prints each claim that compares two arms: its difference with its 95 %
+interval and verdict in each set, oldest first, and over their means, seed by seed. The
+earlier sets are read from this repository's history: README.md quotes these numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import claims
+import numpy as np
+import report
+
+SETS = {"vopd": ("1361d59", "f228bc0", ""), "dmpo": ("2c735fe", "")}  # "": today's
+
+
+def runs_at(script: str, commit: str) -> list[dict]:
+    """The records of a script as they were committed there."""
+    path = claims.RESULTS / f"{script}.json"
+    if not commit:
+        return json.loads(path.read_text())
+    name = f"{commit}:{path.relative_to(claims.ROOT).as_posix()}"
+    show = ["git", "-C", str(claims.ROOT), "show", name]
+    done = subprocess.run(show, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: git show {name} failed (a whole clone is needed)")
+    return json.loads(done.stdout)
+
+
+def differences(runs: list[dict], claim: claims.Claim) -> dict[int, float]:
+    """A - B at the end, by seed."""
+    of = {(run["arm"], run["seed"]): run for run in runs}
+    seeds = {s for arm, s in of if arm == claim.a} & {s for a, s in of if a == claim.b}
+    pairs = {s: report.pair(of[claim.a, s], of[claim.b, s], claim) for s in seeds}
+    return {s: float(np.ravel(a)[-1] - np.ravel(b)[-1]) for s, (a, b) in pairs.items()}
+
+
+def said(values: list[float], claim: claims.Claim) -> str:
+    """The IQM, its interval and the verdict."""
+    middle, low, high = report.interval(values)
+    word = report.verdict(low, high, claim.kind, claim.margin, len(values))
+    return f"{middle:+.3f} [{low:+.3f}, {high:+.3f}] of {len(values)} seeds, {word}"
+
+
+def main() -> None:
+    for script, commits in SETS.items():
+        sets = [runs_at(script, commit) for commit in commits]
+        for claim in claims.CLAIMS[script]:
+            found = [differences(runs, claim) for runs in sets]
+            if claim.b == "base" or not all(found):
+                continue
+            print(f"{claim.text} ({claim.metric}: {claim.a} - {claim.b})")
+            for commit, values in zip(commits, found):
+                rows = [values[seed] for seed in sorted(values)]
+                print(f"  {commit or 'today':8} {said(rows, claim)}")
+            common = sorted(set.intersection(*map(set, found)))
+            means = [float(np.mean([x[seed] for x in found])) for seed in common]
+            print(f"  {'means':8} {said(means, claim)}")
+
+
+if __name__ == "__main__":
+    main()
