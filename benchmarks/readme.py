@@ -11,8 +11,9 @@ Rewritten is what stands in README.md between <!-- KIND:SCRIPT --> and <!-- end 
     picture   benchmarks/results/<script>.png
     numbers   the table of another benchmark, from its JSON file: vs_trl,
               estimator_cost, gradient_variance, prefix_gradients, combination_lock,
-              env_speed; memory: of memory-cpu.json; gpu: of the first gpu-<name>.json;
-              again: of the folder again/; hours: what all runs took
+              env_speed; memory, memory_4096: of memory-cpu.json, memory-cpu-4096.json;
+              gpu: of the first gpu-<name>.json; again: of the folder again/;
+              hours: what all runs took
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from collections import Counter
 import claims
 import env_speed as speed
 import gradients
+import memory as peaks
 import report
 from gpu_presets import PRESETS
 
@@ -484,13 +486,8 @@ def gpu(found: dict) -> tuple:
 
 def memory(found: dict) -> tuple[str, list[str], list[list[str]]]:
     """Loss and backward pass of each script beside whole logits, on a CPU."""
-    rows = []
-    for case, row in found["cases"].items():
-        peaks = [row[way]["bytes"] / 2**30 for way in ("ours", "naive")]
-        times = [row[way]["seconds"] for way in ("ours", "naive")]
-        ratios = [f"{row[f'{x}_ratio']:.2f}" for x in ("memory", "time")]
-        cells = *(f"{x:.2f}" for x in peaks), ratios[0], *(f"{x:.1f}" for x in times)
-        rows.append([f"`{case}`", *cells, ratios[1]])
+    cases = found["cases"].items()
+    rows = [[f"`{case}`", *peaks.cells(row)] for case, row in cases]
     intro = f"loss and backward pass of {found['tokens']:,} tokens at V = "
     times = f"median of {found['repeats']}" if found["repeats"] > 1 else "one run"
     intro += f"{found['vocab']:,}, hidden size {found['hidden']:,}, in fp32: what they "
@@ -548,8 +545,9 @@ def numbers(name: str, found: dict) -> str:
     if name == "gpu":
         file = next((x.stem for x in sorted(claims.RESULTS.glob("gpu-*.json"))), name)
         found = read(file)
-    if name == "memory":
-        file, found = "memory-cpu", read("memory-cpu")
+    if name.startswith("memory"):
+        file, name = name.replace("memory", "memory-cpu").replace("_", "-"), "memory"
+        found = read(file)
     if not found or ("gradient" in name and "seeds" not in found):
         return f"\n{NOT_YET}\n"
     intro, *tables = {

@@ -172,6 +172,33 @@ def test_peak_of_what_was_freed_before_or_is_free_again():
     assert found["bytes"] == pytest.approx(300 * 2**20, rel=0.05)
 
 
+def test_what_does_not_fit_is_measured_as_what_did(monkeypatch):
+    """Whole logits for which memory runs out: the kernel's kill would end the
+    measurement, and the peak until then, as if it were all, flatters nobody but them.
+    What was held and what could not be had, 1.25 GB here, is a bound, not a time."""
+    real, rows = memory.ours, {}
+
+    def naive(*batch):
+        held = torch.ones(2**26)
+        return real(*batch) + held.sum() + torch.ones(2**28).sum()
+
+    monkeypatch.setattr(memory, "free_memory", lambda: 2**29)
+    monkeypatch.setattr(memory, "naive", naive)
+    memory.compare(small(cases=["grpo"]), rows.__setitem__)
+    row = rows["grpo"]
+    assert row["naive"]["needs_more_than"] == pytest.approx(1.25 * 2**30, rel=0.02)
+    assert not {"time_ratio", "memory_ratio"} & {*row}
+    least = row["ours"]["bytes"] / row["naive"]["needs_more_than"]
+    assert row["memory_ratio_below"] == least
+    row["ours"] |= {"bytes": 2**28, "seconds": 3.0}
+    row |= {"memory_ratio_below": 0.2, "naive": {"needs_more_than": 5 * 2**28}}
+    shown = ["0.25", "more than 1.25", "below 0.20", "3.0", "no room", ""]
+    assert memory.cells(row) == shown
+    monkeypatch.setattr(memory, "ours", naive)
+    with pytest.raises(RuntimeError, match="grpo: the script itself does not fit"):
+        memory.compare(small(cases=["grpo"]), rows.__setitem__)
+
+
 def test_ratio_to_another_loss(monkeypatch):
     """Two ways that compute different things are no comparison: a script whose loss is
     not that of whole logits ends the measurement."""
