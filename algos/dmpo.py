@@ -2,9 +2,10 @@
 
 Paper: Beyond Mode Collapse: Distribution Matching for Diverse Reasoning (2605.19461).
 
-GRPO raises what did better than its group, again and again, until one answer is left.
-DMPO adds a term that wants each group's answers in proportion: where several are good,
-several keep their share. For completions o_1..o_G of a prompt, rewards r_1..r_G:
+GRPO keeps raising whatever did better than its group until one answer is left. DMPO
+adds a term that matches each group to a target in which the share of an answer grows
+with its reward: where several are good, several keep their share. For the completions
+o_1..o_G of a prompt, with rewards r_1..r_G:
 
     p_i   = softmax_i(r_i / alpha)                     --dm-temperature alpha
     phi_i = 1/|o_i| sum_t log pi_theta(o_i,t | c_t)    c_t: prompt and earlier tokens
@@ -14,21 +15,22 @@ several keep their share. For completions o_1..o_G of a prompt, rewards r_1..r_G
             1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2        js
     L     = L_GRPO + lambda L_DM                       --dm-coef lambda
 
-p is a constant, from the raw rewards; phi is of the current theta, unclipped, and has
-the gradient. L_GRPO is algos/grpo.py's -J, with its flags; --dm-coef 0 is that script.
-A token's weight w and the denominator Z there: --normalization token 1 and completion
-tokens, sequence 1/|y_i| and completions, constant 1 and completions x max length.
---dm-only drops it. Who steers is logged at each step as the mean over completions of
-|d loss / d phi_i|, in the same units: grpo_coefficient for L_GRPO (a change of phi_i
-moves all log-probs of o_i alike) and dm_coefficient for lambda L_DM.
+p is a constant, from the raw rewards; phi has the gradient and is of the current theta,
+unclipped. L_GRPO is the -J of algos/grpo.py, with its flags; --dm-only drops it, and
+--dm-coef 0 leaves that script's update. Its token weights w and denominator Z are, with
+--normalization token: 1 and completion tokens, sequence: 1/|o_i| and completions,
+constant: 1 and completions x max length. Which term dominates is logged at each step as
+the mean over completions of |d loss / d phi_i|, in the same units: grpo_coefficient for
+L_GRPO (a change of phi_i moves all log-probs of o_i alike), dm_coefficient for
+lambda L_DM.
 
-Differences. L_DM is the mean over the groups of a batch, which the paper does not say.
-With --mask-truncated cut-off completions leave both p and q, and G counts the others.
-The two other divergences are ours: the paper argues for the forward KL and runs the
-square. While q is nearly uniform the forward KL pulls some G^2 / 2 times as hard, so
-compare dm_coefficient, not lambda. p and q are of samples, not of distinct answers: one
-that is drawn twice has two shares. Tasks, sizes and the default learning rate are for a
-tiny model; the rate is constant after a warm-up.
+Differences. L_DM is averaged over the groups of a batch (the paper does not say). With
+--mask-truncated, cut-off completions are left out of p, q and G. The other two
+divergences are ours: the paper argues for the forward KL and runs the square. While q
+is nearly uniform, the forward KL pulls about G^2 / 2 times as hard, so compare
+dm_coefficient, not lambda. p and q are over samples, not over distinct answers: an
+answer that is drawn twice has two shares. Tasks, sizes and the default learning rate
+are for a tiny model; the rate is constant after a warm-up.
 
     python algos/dmpo.py
     python algos/dmpo.py --model Qwen/Qwen3-0.6B --data train.jsonl \
@@ -76,7 +78,7 @@ from tokenizers import Tokenizer, decoders, models
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-# names whose text may differ from that in the other scripts
+# names whose code may differ from their namesakes in other scripts
 OWN = "CURVE", "TASKS", "update", "evaluate", "check"
 CURVE = "eval/sr|eval/qr|eval/qr@16|reward_mean"  # metrics that curve.png shows
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
@@ -87,21 +89,21 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 @dataclasses.dataclass
 class Args:
-    seed: int = 1  # of the data order, the sampling and the built-in model
-    steps: int = 100  # batches in the whole run, those before a --resume included
+    seed: int = 1  # for the problems, their order, the sampling and the built-in model
+    steps: int = 100  # batches in the whole run, including those before a --resume
     run_dir: str = ""  # folder of the run (default: runs/dmpo/<time>-s<seed>)
-    resume: str = ""  # folder of a run to continue, under its own flags
+    resume: str = ""  # folder of a run to continue; its saved flags apply
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products
     model: str = "tiny"  # tiny (built in), a local folder or a hub name
-    tiny_steps: int = 450  # batches of 64 worked answers that tiny starts from
+    tiny_steps: int = 450  # warm-start steps of tiny, on 64 worked answers each
     task: str = "mis"  # mis, mis-9 (size), knapsack, tsp, countdown or a task.py
     data: str = ""  # JSONL file of {"prompt": ..., "answer": ...}, instead of --task
     eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)
     prompts_per_step: int = 32  # prompts in a batch, over all ranks
     group_size: int = 8  # completions of each prompt (G)
     max_new_tokens: int = 24  # length at which a completion is cut off
-    temperature: float = 1.0  # of sampling, and inside every log-prob
+    temperature: float = 1.0  # for sampling, and for every log-prob
     learning_rate: float | None = None  # default: 3e-4 for tiny, 1e-6 for other models
     warmup_steps: int = 10  # steps over which the learning rate rises
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
@@ -115,28 +117,28 @@ class Args:
     advantage_scale: Literal["std", "none"] = "std"  # divide by the group's std, or not
     normalization: Literal["token", "sequence", "constant"] = "token"  # L_GRPO per what
     dm_coef: float = 2.0  # lambda: weight of the distribution matching, 0 is GRPO
-    dm_temperature: float = 1 / 15  # alpha: the smaller, the sharper is the target p
+    dm_temperature: float = 1 / 15  # alpha: the smaller, the sharper the target p
     dm_divergence: Literal["mse", "forward-kl", "js"] = "mse"  # between p and q
     dm_only: bool = False  # train on the distribution matching alone
     kl_coef: float = 0.0  # beta: weight of the KL to the initial model (LoRA: its base)
     mask_truncated: bool = False  # leave cut-off completions out of the loss
     eval_every: int = 25  # steps between evaluations
     eval_prompts: int = 256  # held-out problems in an evaluation
-    eval_samples: int = 16  # completions of each of them
+    eval_samples: int = 16  # completions per evaluation problem
     save_every: int = 50  # steps between checkpoints
     track: bool = False  # mirror the metrics to Weights & Biases
-    wandb_project: str = "onefile-rl"  # project there
+    wandb_project: str = "onefile-rl"  # Weights & Biases project
 
 
 def fail(message: str) -> NoReturn:
-    """Stop with one line about what the user can put right, exit code 2."""
+    """Exit with code 2 and one line that says what the user has to fix."""
     tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
 @contextlib.contextmanager
 def blame(what: str) -> Iterator[None]:
-    """Turn an exception inside into one line: `what` went wrong, and why."""
+    """Turn an exception in the block into one line: what went wrong, and why."""
     try:
         yield
     except Exception as e:
@@ -182,7 +184,7 @@ def countdown_problems(split: str, seed: int, size: int) -> Iterator[Problem]:
 
 
 def countdown_reward(problem: Problem, completion: str) -> float:
-    """1.0 for right steps that use every number once and reach the target, else 0.0."""
+    """1.0 if all steps are right, use each number once and reach the target, else 0."""
     given, target = problem.answer
     pool = list(given)
     for step in completion[: 20 * len(given)].split(";"):
@@ -200,9 +202,9 @@ def countdown_reward(problem: Problem, completion: str) -> float:
     return float(pool == [target] and len(completion) <= 20 * len(given))
 
 
-# NP-hard problems. An answer has the names of what it picks: numbers of items or nodes,
-# "025", or cities in their order, "371295". X_draw: instance, prompt, names; X_value: 0
-# if the picks are infeasible; X_best: the exact optimum, by brute force.
+# NP-hard problems. An answer lists the names of what it picks: item or node numbers,
+# "025", or cities in visiting order, "371295". X_draw: instance, prompt, names;
+# X_value: 0 if the picks are infeasible; X_best: the exact optimum, by brute force.
 
 
 @functools.cache
@@ -220,7 +222,7 @@ def knapsack_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
 
 
 def knapsack_value(instance: list, picks: list[int]) -> int:
-    """Value of the items if they fit in."""
+    """Total value of the picks; 0 if they are too heavy."""
     weights, values, capacity = instance
     fits = sum(weights[i] for i in picks) <= capacity
     return fits * sum(values[i] for i in picks)
@@ -234,7 +236,7 @@ def knapsack_best(instance: list) -> int:
 
 
 def mis_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
-    """A graph of n nodes with 3 of 10 edges, one at least: "6 01 05 23:"."""
+    """A graph of n nodes, edges with chance 0.3, at least one: "6 01 05 23:"."""
     pairs = [*itertools.combinations(range(n), 2)]
     edges = [pair for pair in pairs if rng.random() < 0.3] or [rng.choice(pairs)]
     prompt = f"{n} {' '.join(f'{a}{b}' for a, b in edges)}:"
@@ -242,7 +244,7 @@ def mis_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
 
 
 def mis_value(instance: list, picks: list[int]) -> int:
-    """Number of the nodes if no edge joins two of them."""
+    """Number of picks; 0 if an edge joins two of them."""
     return len(picks) * all(a not in picks or b not in picks for a, b in instance[1])
 
 
@@ -261,7 +263,7 @@ def tsp_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
 
 
 def tsp_value(instance: list, picks: list[int]) -> int:
-    """Length of the closed tour, |dx| + |dy| each leg, if it visits every city."""
+    """Length of the closed tour, |dx| + |dy| per leg; 0 if it misses a city."""
     tour = [instance[i] for i in picks]
     legs = zip(tour, tour[1:] + tour[:1])
     length = sum(abs(x - u) + abs(y - v) for (x, y), (u, v) in legs)
@@ -270,8 +272,8 @@ def tsp_value(instance: list, picks: list[int]) -> int:
 
 @functools.cache
 def tours(n: int) -> np.ndarray:
-    """All closed tours of n cities, in one direction: where in a flat (n, n) matrix of
-    distances their legs stand, (tours, n)."""
+    """All closed tours of n cities, each in one direction only, (tours, n): places of
+    their legs in a flattened (n, n) matrix of distances."""
     orders = itertools.permutations(range(1, n))
     order = np.array([(0, *order) for order in orders if order[0] <= order[-1]])
     return order * n + np.roll(order, 1, -1)
@@ -292,9 +294,9 @@ NP = {
 
 
 def np_problems(name: str, split: str, seed: int, n: int) -> Iterator[Problem]:
-    """Problems of one kind; the worked answers are feasible ones, drawn at random. The
-    instance in sorted form decides whether it is held out. Not endless: of the smallest
-    sizes there are too few instances for both splits."""
+    """Problems of one kind, with random feasible worked answers. The instance, sorted,
+    decides whether it is held out. Not endless: the smallest sizes have too few
+    instances for both splits."""
     (draw, value, best), rng = NP[name], random.Random(f"{name} {split} {seed}")
     for _ in range(40_000):
         instance, prompt, names = draw(rng, n)
@@ -356,7 +358,7 @@ def to_problem(item: Problem | dict) -> Problem:
 
 
 def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
-    """Problems to train on, held-out ones (none in both), reward(problem, text)."""
+    """Training problems, held-out problems (no overlap), reward(problem, text)."""
     where, splits = args.data or args.task, ("train", "eval")
     files, (name, _, size) = [where, where], args.task.partition("-")
     if args.data:
@@ -406,7 +408,7 @@ def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
 
 
 def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.Tensor:
-    """Rewards (B,) float32; an error or a non-number names its sample and stops."""
+    """Rewards (B,) float32. A failed or non-finite one stops the run and is named."""
     rewards = []
     for i, (problem, text) in enumerate(zip(problems, texts)):
         asked = f"prompt {str(problem.prompt)[:60]!r}, completion {text!r}"
@@ -418,7 +420,7 @@ def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.
 
 
 def hash_prompts(problems: list[Problem], args: Args) -> int:
-    """Of all prompts: they must be those of the other ranks and of the run's start."""
+    """Hash of all prompts, which must be equal on all ranks and after a --resume."""
     text = str([problem.prompt for problem in problems]).encode()
     known = saved = int(hashlib.sha256(text).hexdigest()[:15], 16)
     ends = all_reduce(torch.tensor([known, -known], device=args.device), "MAX")
@@ -434,8 +436,8 @@ def hash_prompts(problems: list[Problem], args: Args) -> int:
 
 
 def warm_start(problems: list[Problem], seed: int, steps: int, width: int) -> tuple:
-    """A Qwen3 (width 128: 0.8 M parameters), one token a character, trained on batches
-    of 64 worked answers; and its tokenizer."""
+    """A Qwen3 with one token per character (width 128: 0.8 M parameters), trained on
+    batches of 64 worked answers, and its tokenizer."""
     special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     characters = [*special.values(), "\n", *map(chr, range(32, 127))]
     vocabulary = {character: i for i, character in enumerate(characters)}
@@ -468,7 +470,7 @@ def warm_start(problems: list[Problem], seed: int, steps: int, width: int) -> tu
 
 
 def tiny_model(problems: list[Problem], seed: int, steps: int, width=128) -> str:
-    """Folder of the warm-started model, cached under a hash of all that defines it."""
+    """Folder of the warm-started model, cached by a hash of all that defines it."""
     solved = [p for p in problems if isinstance(p.prompt, str) and p.solution]
     if not solved:
         fail("the tiny model needs worked answers to start from: give a --model")
@@ -491,8 +493,8 @@ def tiny_model(problems: list[Problem], seed: int, steps: int, width=128) -> str
 
 
 def load_model(name: str, args: Args) -> tuple:
-    """Model (fp32 weights, no dropout) and tokenizer of a folder, perhaps with LoRA's
-    adapter in place of weights, or of a hub name."""
+    """Model (fp32 weights, no dropout) and tokenizer from a hub name or a local folder,
+    which may hold a LoRA adapter instead of weights."""
     local = os.path.isdir(name)
     with blame(f"cannot load the model {name!r}{'' if local else ' (no folder here)'}"):
         name = base = os.path.abspath(name) if local else name  # adapters refer to it
@@ -535,10 +537,10 @@ def load_model(name: str, args: Args) -> tuple:
 
 
 def add_lora(model, args: Args) -> None:
-    """With --lora-rank: freeze the weights (in bf16 if --dtype is), train, beside every
-    linear layer but the head, a product of that rank times two (LoRA, arXiv
-    2106.09685), and only now take the model to the device. The model of a saved adapter
-    goes on with that one."""
+    """With --lora-rank: freeze the weights (in bf16 if --dtype is), add a trainable
+    product of two matrices of that rank, scaled by 2, to every linear layer but the
+    head (LoRA, arXiv 2106.09685), then move the model to the device. A model loaded
+    from an adapter keeps that one."""
     saved = model.peft_config["default"].r if model._hf_peft_config_loaded else 0
     if saved not in (0, args.lora_rank):
         fail(f"{args.model} is an adapter of another rank: --lora-rank {saved}")
@@ -560,7 +562,7 @@ def add_lora(model, args: Args) -> None:
 
 @contextlib.contextmanager
 def without_lora(model, args: Args) -> Iterator[None]:
-    """The weights that the model's adapters were added to."""
+    """Run the block with the model's adapters off, if it has any."""
     if args.lora_rank:
         model.disable_adapters()
     yield
@@ -569,12 +571,12 @@ def without_lora(model, args: Args) -> Iterator[None]:
 
 
 def autocast(args: Args) -> torch.autocast:
-    """Matrix products in bf16 if --dtype says so; the weights themselves stay fp32."""
+    """Matrix products in bf16 if --dtype says so; trained weights stay in fp32."""
     return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 def all_reduce(x: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
-    """x summed over torchrun's ranks, in place; x itself in a single process."""
+    """Reduce x over torchrun's ranks, in place; a single process returns x as it is."""
     if WORLD_SIZE > 1:
         dist.all_reduce(x, getattr(dist.ReduceOp, operation))
     return x
@@ -585,7 +587,7 @@ def all_reduce(x: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
 
 @dataclasses.dataclass
 class Rollout:
-    """B completions, the groups of the prompts one after another. T = P + C."""
+    """B completions, group after group: the G of a prompt in a row. T = P + C."""
 
     tokens: torch.Tensor  # (B, T) int64, prompts left-padded, completions right-padded
     attention_mask: torch.Tensor  # (B, T) int64
@@ -602,12 +604,12 @@ def pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
 
 
 def encode_prompts(tokenizer, problems: list[Problem], longest: int) -> list[list[int]]:
-    """Token ids of the prompts: text as it is, messages by the chat template, once."""
+    """Token ids of the prompts: text as it is, messages through the chat template."""
     encoded = []
     for i, (prompt, *_) in enumerate(problems):
         with blame(f"prompt {i} ({str(prompt)[:60]!r}) cannot be used"):
             if isinstance(prompt, str):
-                bare = not prompt.startswith(tokenizer.bos_token or "\0")  # not twice
+                bare = not prompt.startswith(tokenizer.bos_token or "\0")  # one BOS
                 ids = tokenizer(prompt, add_special_tokens=bare)["input_ids"]
             else:
                 ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
@@ -619,34 +621,35 @@ def encode_prompts(tokenizer, problems: list[Problem], longest: int) -> list[lis
 
 
 def uniforms(args: Args, step: int, prompts: int, samples: int) -> torch.Tensor:
-    """Noise (prompts x samples, max_new_tokens) float64 in [0, 1), this rank's share: a
-    function of seed and step alone, whatever ran before and however many ranks run."""
+    """This rank's share of noise (prompts x samples, max_new_tokens), float64 in
+    [0, 1): it depends on seed and step alone, not on earlier steps or on how many ranks
+    there are."""
     shape = prompts, samples, args.max_new_tokens
     noise = np.random.default_rng([args.seed, step]).random(shape)[RANK::WORLD_SIZE]
     return torch.from_numpy(noise).flatten(0, 1)
 
 
 def stop_ids(model, tokenizer) -> list[int]:
-    """Ids that end a completion: the tokenizer's EOS and those of generation_config,
-    where chat models have the end of a turn."""
+    """Ids that end a completion: the tokenizer's EOS and those in generation_config,
+    where chat models list their end-of-turn token."""
     more = model.generation_config.eos_token_id
     more = more if isinstance(more, list) else [more]
     return sorted({tokenizer.eos_token_id, *more} - {None})
 
 
 def completion_mask(completions: torch.Tensor, eos_token_id) -> tuple:
-    """Mask (B, C) float32 up to the first EOS inclusive; truncated (B,) bool: no EOS.
-    eos_token_id: an int, or several as a tensor. Places decide, not the padding's
-    value: pad == eos is fine."""
+    """Mask (B, C) float32: 1 up to and including the first EOS; truncated (B,) bool: no
+    EOS. eos_token_id: an int, or several as a tensor. The mask depends on positions,
+    not on the padding's value: pad == eos is fine."""
     is_eos = torch.isin(completions, eos_token_id)
     return (is_eos.cumsum(-1) - is_eos.long() == 0).float(), ~is_eos.any(-1)
 
 
 class Columns(transformers.cache_utils.DynamicLayer):
-    """Keys and values (B, H, L, D) of a layer, in one place: new ones are written where
-    `end` (1,) points, and the first `width` columns are read."""
+    """Keys and values (B, H, L, D) of a layer, written in place: new ones go to column
+    `end` (1,), and the first `width` columns are read."""
 
-    is_compileable = True  # the mask is made without a look at its values
+    is_compileable = True  # the mask is built without reading its values
 
     def __init__(self, prompts, end: torch.Tensor, dtype: torch.dtype | None):
         super().__init__()
@@ -670,8 +673,8 @@ class Columns(transformers.cache_utils.DynamicLayer):
 
 
 def attend(module, query, key, value, attention_mask, scaling, **_) -> tuple:
-    """sdpa of one query token, (B, H, 1, D), that reads each key (B, H / g, L, D) once:
-    before 5.23 transformers copies it for all the g heads that share it."""
+    """SDPA for one query token (B, H, 1, D) that reads each key (B, H / g, L, D) once:
+    transformers before 5.23 copies it for each of the g heads that share it."""
     groups = query.view(*key.shape[:2], -1, query.shape[-1])
     kwargs = dict(attn_mask=attention_mask, scale=scaling)
     output = F.scaled_dot_product_attention(groups, key, value, **kwargs)
@@ -680,7 +683,7 @@ def attend(module, query, key, value, attention_mask, scaling, **_) -> tuple:
 
 @contextlib.contextmanager
 def one_by_one(model) -> Iterator[None]:
-    """The model's attention is `attend`, if it was sdpa."""
+    """Run the block with `attend` as the model's attention, if that was sdpa."""
     own, masks = model.config._attn_implementation, transformers.AttentionMaskInterface
     if own == "sdpa" and model._can_set_attn_implementation():
         transformers.AttentionInterface.register("attend", attend)
@@ -693,8 +696,8 @@ def one_by_one(model) -> Iterator[None]:
 
 
 def recordable(model) -> bool:
-    """Can the forward pass be a CUDA graph? Not on a CPU, nor where values decide what
-    is done next: most mixtures of experts, some scalings of positions."""
+    """Can the forward pass be one CUDA graph? Not on a CPU, nor if it branches on
+    values of tensors: most mixtures of experts, some RoPE scalings."""
     ropes = str([getattr(module, "rope_type", "") for module in model.modules()])
     blind = "dynamic" not in ropes and "longrope" not in ropes
     blind &= getattr(model.config, "_experts_implementation", "") != "grouped_mm"
@@ -702,7 +705,7 @@ def recordable(model) -> bool:
 
 
 def record(step: Callable) -> Callable:
-    """step as one CUDA graph; it is not carried out yet."""
+    """Capture step as one CUDA graph, without running it; returns its replay."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
@@ -714,14 +717,15 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
     """Completions (B, C) from the plain softmax at a temperature, and log-probs (B, C).
 
     prompts (N, P), left-padded, are read once and shared by their B / N completions.
-    noise (B, C) in [0, 1) is all the randomness there is: the inverse CDF turns it into
-    tokens, so a completion does not depend on its neighbours. No warper of the
-    checkpoint's generation_config takes part. eos_token_id (E,): as in completion_mask;
-    what stands behind the first one means nothing. Finished rows are dropped.
+    noise (B, C) in [0, 1) is the only randomness: the inverse CDF turns it into tokens,
+    so a completion does not depend on the others in its batch. No warper of the
+    checkpoint's generation_config (top_k, penalties) is applied. eos_token_id (E,): as
+    in completion_mask; what follows the first EOS is meaningless. Finished rows are
+    dropped.
 
-    A step reads and writes tensors that stay where they are, so that a GPU can replay
-    it as one CUDA graph: its many small kernels would wait for Python each. New shapes
-    (rows dropped, columns added) need a new graph, recorded after one step without.
+    A step reads and writes tensors in place, so that a GPU can replay it as one CUDA
+    graph instead of launching its many small kernels from Python. New shapes (rows
+    dropped, columns added) need a new graph, recorded after one step without a graph.
     """
     (B, C), (N, P), device = noise.shape, prompts.shape, prompts.device
     exact = torch.float32 if device.type == "mps" else torch.float64
@@ -759,7 +763,7 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
         x.repeat_interleave(B // N, 0) for x in (logits, mask, positions[:, -1:])
     )
     draw(logits)
-    bf16 = torch.is_autocast_enabled(device.type)  # to which attention would round
+    bf16 = torch.is_autocast_enabled(device.type)  # attention would round to it
     dtype = torch.get_autocast_dtype(device.type) if bf16 else None
     cache.layers = [Columns(layer, end, dtype) for layer in cache.layers]
     cache.batch_repeat_interleave(B // N)
@@ -769,7 +773,7 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
             share = running.float().mean().item()
             if share == 0:
                 break
-            if share < (0.5 if graphs else 0.8):  # enough are finished for this to pay
+            if share < (0.5 if graphs else 0.8):  # enough rows are done to pay for it
                 replay = None
                 cache.batch_select_indices(running.nonzero()[:, 0])
                 rows, token, positions, mask, running = (
@@ -795,7 +799,7 @@ def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> R
     group_size, most = len(noise) // len(prompts), args.rollout_batch_size
     ids = pad(prompts, tokenizer.pad_token_id, "left").to(args.device)
     seen = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(args.device)
-    noise = noise.float() if args.device == "mps" else noise  # it has no float64
+    noise = noise.float() if args.device == "mps" else noise  # MPS has no float64
     noise, n = noise.to(args.device), max(1, most // group_size)
     chunks = zip(ids.split(n), seen.split(n), noise.split(n * group_size))
     batches = [(*chunk, part) for *chunk, rows in chunks for part in rows.split(most)]
@@ -819,10 +823,10 @@ def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> R
 
 
 def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
-    """What the head reads to score the last C columns of tokens (B, T): hidden states
-    (n, D), with gradient, and which n of the (B, C) tokens they predict, bool: those
-    that attention_mask (B, T) has. Columns of nothing but padding are cut off. A prompt
-    that neighbouring rows share is read once, but with gradient checkpointing."""
+    """Inputs of the head that score the last C columns of tokens (B, T): hidden states
+    (n, D), with gradient, and a bool (B, C) that marks the n tokens they predict, those
+    where attention_mask (B, T) is 1. All-padding columns are cut off. A prompt shared
+    by consecutive rows is read once, except with gradient checkpointing."""
     scored = attention_mask[:, -completion_length:].bool()
     used = attention_mask.any(0).nonzero()[:, 0]
     start, end = int(used[0]), int(used[-1]) + 1
@@ -831,7 +835,7 @@ def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
     positions, n = (mask.cumsum(-1) - 1).clamp(min=0), end - start - width
     inputs, cache, prompt_hidden = (tokens, mask, positions), None, []
     context = torch.cat([tokens[:, :n], mask[:, :n]], -1)
-    new = (context != context.roll(1, 0)).any(-1)  # is it another than the row's before
+    new = (context != context.roll(1, 0)).any(-1)  # does it differ from the row before
     new[0] = True
     kept = not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if kept and width > 1 and not new.all():
@@ -851,8 +855,8 @@ def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
 
 class Logprobs(torch.autograd.Function):
     """Log-probs (n,), with gradient, of targets (n,), and entropies (n,), from hidden
-    states (n, D) and an output head: weight (V, D), bias (V,) or None. The logits of
-    `chunk` tokens exist at once; the backward pass makes them again."""
+    states (n, D) and an output head: weight (V, D), bias (V,) or None. Logits
+    exist for `chunk` tokens at a time; the backward pass recomputes them."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk):
@@ -879,7 +883,7 @@ class Logprobs(torch.autograd.Function):
         parts = (x.split(chunk) for x in (hidden, targets, grad, grad_hidden))
         for h, y, g, out in zip(*parts):
             h, y, g = h.to(dtype), y[:, None], g[:, None]
-            d = F.linear(h, low, b)  # the logits, and then the gradient in their place
+            d = F.linear(h, low, b)  # the logits, then overwritten by their gradient
             p = d.softmax(-1, dtype=torch.float32)
             torch.mul(p, -g, out=d)
             d.scatter_(-1, y, (g - g * p.gather(-1, y)).to(dtype))
@@ -898,7 +902,7 @@ def token_logprobs(
     model, tokens, attention_mask, completion_length: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs (B, C), with gradient, and entropies (B, C) of the last C columns of
-    tokens (B, T), in nats; 0 where attention_mask (B, T) is. At most about 2^28 bytes
+    tokens (B, T), in nats; 0 where attention_mask (B, T) is 0. At most about 2^28 bytes
     of logits exist at once."""
     head = model.get_output_embeddings()
     hidden, scored = last_hidden(model, tokens, attention_mask, completion_length)
@@ -906,7 +910,7 @@ def token_logprobs(
     size = 2 if torch.is_autocast_enabled(tokens.device.type) else 4  # bytes of a logit
     n = 2**28 // size // head.weight.shape[0] + 1
     targets = tokens[:, -completion_length:][scored]
-    batch = hidden / temperature, head.weight, bias, targets, n  # the logits over T
+    batch = hidden / temperature, head.weight, bias, targets, n  # scales the logits
     zeros = torch.zeros(scored.shape, device=tokens.device)
     return tuple(zeros.masked_scatter(scored, x) for x in Logprobs.apply(*batch))
 
@@ -915,9 +919,10 @@ def token_logprobs(
 
 
 def group_advantages(rewards, group_size: int, scale: str = "std") -> torch.Tensor:
-    """Advantages (B,) of rewards (B,), group after group: r - mean(r), for scale "std"
-    divided by std(r) + 1e-4 (DeepSeekMath, section 4.1.2), for "none" not (Dr. GRPO).
-    0 where a group's rewards are equal. ValueError: group_size < 2, a reward is nan."""
+    """Advantages (B,) of rewards (B,), group after group: r - mean(r), divided by
+    std(r) + 1e-4 if scale is "std" (DeepSeekMath, section 4.1.2), not if it is "none"
+    (Dr. GRPO). 0 where a group's rewards are equal. ValueError: group_size < 2 or a
+    reward that is not finite."""
     if group_size < 2 or not rewards.isfinite().all():
         bad = (~rewards.isfinite()).nonzero().flatten().tolist()
         raise ValueError(f"group_size {group_size} < 2 or rewards {bad} not finite")
@@ -930,7 +935,7 @@ def group_advantages(rewards, group_size: int, scale: str = "std") -> torch.Tens
 
 
 def loss_weights(mask: torch.Tensor, normalization: str, max_length: int) -> tuple:
-    """w (B, C) and Z of the docstring above; rows masked as a whole are not counted."""
+    """w (B, C) and Z of the module docstring; fully masked rows are not counted."""
     lengths = mask.sum(-1, keepdim=True)
     rows = (lengths > 0).sum().float()
     if normalization == "sequence":
@@ -941,11 +946,11 @@ def loss_weights(mask: torch.Tensor, normalization: str, max_length: int) -> tup
 def policy_loss(
     logprobs, old_logprobs, advantages, mask, clip_low, clip_high, denominator
 ) -> tuple[torch.Tensor, dict]:
-    """-J without the KL: PPO's clipped surrogate with DAPO's two clips, a scalar.
+    """-J without the KL: PPO's clipped surrogate with DAPO's two clip limits, a scalar.
 
     logprobs, old_logprobs (B, C); advantages (B,) or (B, C); mask (B, C): a token's
     weight w, or 0; denominator: Z. Losses and stats (tokens; clipped: those whose
-    gradient the clip takes) of micro-batches add up to those of the batch.
+    gradient the clip zeroes) of micro-batches add up to those of the batch.
     """
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     ratio = (logprobs - old_logprobs).exp()  # rho_t
@@ -970,9 +975,10 @@ def distribution_matching_loss(
     """L_DM (section 3 of the paper, the other divergences apart), a scalar.
 
     logprobs, mask (B, C), whole groups one after another; rewards (B,), raw. groups:
-    how many L_DM is averaged over, those of all micro-batches and ranks together, so
-    that losses add up (default: the groups here). Rows masked as a whole leave p, q
-    and G; a group of none is not counted. Stats: sums over groups of max_i p_i, q_i.
+    the number L_DM is averaged over, all micro-batches and ranks together, so that
+    losses add up (default: the groups here). Fully masked rows are left out of p, q and
+    G; a group without other rows is not counted. Stats: sums over groups of max_i p_i
+    and max_i q_i.
     ValueError: group_size < 2, or a reward is not finite.
     """
     if group_size < 2 or not rewards.isfinite().all():
@@ -998,7 +1004,7 @@ def distribution_matching_loss(
 
 
 def coefficients(loss: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
-    """Sum over completions of |d loss / d phi_i|: of a shift of all log-probs of o_i,
+    """Sum over completions of |d loss / d phi_i|, for a shift of all log-probs of o_i,
     whose mean is phi_i. logprobs (B, C)."""
     (gradient,) = torch.autograd.grad(loss, logprobs, retain_graph=True)
     return gradient.sum(-1).abs().sum()
@@ -1006,11 +1012,11 @@ def coefficients(loss: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
 
 def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, float]:
     """args.updates_per_batch optimiser steps on one batch; statistics of the last one.
-    Rows without advantage are skipped (unless the KL or L_DM needs them) but counted
-    in Z. The entropy is that of the rows not skipped: with an L_DM of all, without one,
-    as in grpo.py, of those with an advantage (0 if there is none). Micro-batches hold
-    whole groups if there is an L_DM."""
-    model.train()  # gradient checkpointing asks for it; there is no dropout
+    Rows with zero advantage are skipped (unless the KL or L_DM needs them) but counted
+    in Z. The entropy is over the rows that are not skipped: all with L_DM, else, as in
+    grpo.py, those with an advantage (0 if there are none). With L_DM, micro-batches
+    hold whole groups."""
+    model.train()  # needed by gradient checkpointing; there is no dropout
     mask, width = rollout.completion_mask, rollout.completion_mask.shape[1]
     if args.mask_truncated:
         mask = mask * ~rollout.truncated[:, None]
@@ -1020,7 +1026,7 @@ def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, 
     z, clips = all_reduce(z), (args.clip_low, args.clip_high)
     longest = mask.sum(-1).view(-1, args.group_size).amax(-1)
     rows = torch.arange(len(mask), device=mask.device).view(-1, args.group_size)
-    rows = rows[longest.argsort(stable=True)].flatten()  # like lengths side by side
+    rows = rows[longest.argsort(stable=True)].flatten()  # similar lengths together
     live = rows[(mask.any(-1) & ((advantages != 0) | (args.kl_coef > 0)))[rows]]
     size, G = args.micro_batch_size, args.group_size
     if args.dm_coef:  # groups of equal rewards too: they pull q to uniform
@@ -1072,8 +1078,8 @@ def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, 
 
 
 def optimizer_step(model, optimizer, max_grad_norm: float) -> tuple[float, float]:
-    """One step along the sum of the ranks' gradients. Its norm before clipping, and
-    |change| / |weights| measured on the first 4,096 entries of each tensor."""
+    """One optimiser step on the sum of the ranks' gradients. Returns its norm before
+    clipping, and |change| / |weights| over the first 4,096 entries of each tensor."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
@@ -1163,7 +1169,7 @@ def open_run(args: Args, step: int, prompts_hash: int | None = None) -> None:
 
 
 def write_logs(args: Args, metrics: dict, sample: dict) -> None:
-    """A line of metrics.jsonl and of samples.jsonl; wandb may fail, training not."""
+    """Append to metrics.jsonl and samples.jsonl. If wandb fails, training goes on."""
     if RANK > 0:
         return
     with blame(f"cannot write in {args.run_dir}"):
@@ -1185,7 +1191,7 @@ def write_logs(args: Args, metrics: dict, sample: dict) -> None:
 
 
 def save_checkpoint(run_dir: Path, step: int, model, tokenizer, optimizer) -> None:
-    """checkpoint/ of the run, written beside, then renamed: one is always whole."""
+    """Write checkpoint/ under a new name, then rename: one is complete at all times."""
     new, last, old = (run_dir / f"checkpoint{x}" for x in (".new", "", ".old"))
     try:
         with blame(f"cannot save step {step} in {run_dir} (the last save is whole)"):
@@ -1226,7 +1232,7 @@ def draw_curve(run_dir: Path) -> None:
 
 
 def read_flags(default: Args | None = None) -> Args:
-    """The command line; a wrong flag is one line instead of tyro's box."""
+    """Parse the command line; a wrong flag gives one line instead of tyro's box."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -1239,7 +1245,7 @@ def read_flags(default: Args | None = None) -> Args:
 
 
 def check(args: Args) -> None:
-    """Refuse flags that cannot be, and fill in --dtype, --learning-rate."""
+    """Reject invalid flags, and fill in --dtype and --learning-rate."""
     may_be_0 = ["seed", "warmup_steps", "lora_rank", "kl_coef", "dm_coef"]
     may_be_0 += ["clip_low", "clip_high"]
     for name, value in vars(args).items():
@@ -1271,7 +1277,7 @@ def check(args: Args) -> None:
 
 
 def parse_args() -> Args:
-    """The flags, checked and completed; those of the run itself if one is resumed."""
+    """The flags, checked and completed; a resumed run keeps its saved ones."""
     args = read_flags()
     if args.resume:
         last, old = (Path(args.resume, f"checkpoint{x}") for x in ("", ".old"))
@@ -1303,7 +1309,7 @@ def parse_args() -> Args:
 
 
 def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, float]:
-    """What the metrics say of a rollout (means over the ranks), of time and memory."""
+    """Metrics of a rollout (means over the ranks), of time and of memory."""
     groups = rollout.rewards.view(-1, args.group_size)
     dead = (groups.amax(-1) == groups.amin(-1)).float()
     lengths = rollout.completion_mask.sum(-1)

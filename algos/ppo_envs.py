@@ -5,34 +5,35 @@ Preventing Learning Stagnation in PPO by Scaling to 1 Million Parallel Environme
 (2603.06009), whose recipe is the default here.
 
 Act with a frozen behaviour policy pi_b in N environments for S steps, then take Adam
-steps on minibatches of that data: together one step of an outer optimiser. If it is too
-large for its noise, learning stagnates. So, when N grows, change nothing inside: the
-same minibatch size, the same learning rate, only more minibatches.
+steps on minibatches of that data: together this is one step of an outer optimiser. If
+the outer step is too large for its noise, learning stagnates. So when N grows, keep the
+minibatch size and the learning rate, and only take more minibatches.
 
-    delta_s = r_s + gamma V(s_{s+1}) (1 - terminated_s) - V(s_s)
-    A_s     = delta_s + gamma lambda (1 - ended_s) A_{s+1}   ended: by either end
+    delta_s = r_s + gamma V(o_{s+1}) (1 - terminated_s) - V(o_s)
+    A_s     = delta_s + gamma lambda (1 - ended_s) A_{s+1}
+              ended: terminated or truncated; o: observations
     J       = E[min(pi/pi_b A, clip(pi/pi_prox, 1 - e, 1 + e) pi_prox/pi_b A)]
               - c_v E[(V - V_b - A)^2] / 2 + c_e E[entropy(pi)]
-    pi_prox = pi_b: PPO, --ewma-com 0; or PPO-EWMA: the policy of averaged weights,
-              those k gradient steps old weigh beta^k; --ewma-com is their mean age,
-              the centre of mass beta / (1 - beta): larger is a smaller outer step,
-              which --ewma-from makes smaller in the middle of a run
+    pi_prox   PPO (--ewma-com 0): pi_b. PPO-EWMA: the policy of averaged weights, where
+              those k gradient steps old weigh beta^k. --ewma-com is their mean age, the
+              centre of mass beta / (1 - beta): the larger, the smaller the outer step.
+              --ewma-from starts the average in the middle of a run
     DDR     = N S / KL(pi_b || pi_updated): transitions per unit of divergence
 
-The paper's: the outer step, the recipe, its wrong arms (--scaling), DDR, PPO-EWMA as
+From the paper: the outer step, the recipe, its wrong arms (--scaling), DDR, PPO-EWMA as
 the knob of that step. Ours: the direction of DDR's KL, its mean over up to 2^12 states
 of the batch; networks and constants; the gradient noise scale tr(Sigma) / |G|^2 of the
-actor, in transitions, from minibatches g, g' in a row: B |g - g'|^2 / (2 g.g').
+actor, in transitions, from consecutive minibatches g, g': B |g - g'|^2 / (2 g.g').
 
 Differences. Advantages are normalised over the batch, not the minibatch; the value loss
 is not clipped; the learning rate is constant, so that a longer run continues a shorter
 one. Batches of 2^21 transitions or more are shuffled in blocks of neighbours. Breakout
 has MinAtar's sticky actions, only the actions with an effect and at most 1,000 steps.
-The state of gym:<id> is not saved: --resume begins new episodes there; an evaluation
-episode there and in gymnax:<id> is cut after 10,000 steps. Adam is written out, so that
-gradient, clipping and step are one compiled graph. Under torchrun each rank has a share
-of the environments and of each minibatch; what is drawn depends on seed and step alone,
-so ranks change the speed and not the result.
+The state of gym:<id> is not saved: --resume begins new episodes there. Evaluation
+episodes of gym:<id> and gymnax:<id> are cut after 10,000 steps. Adam is written out, so
+that gradient, clipping and step are one compiled graph. Under torchrun each rank has a
+share of the environments and of each minibatch; random draws depend on seed and step
+alone, so the number of ranks changes the speed but not the result.
 
     python algos/ppo_envs.py
     python algos/ppo_envs.py --num-envs 1048576 --rollout-length 8 --steps 3
@@ -70,7 +71,7 @@ import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-OWN = (  # names whose text may differ from that in grpo.py
+OWN = (  # names whose code may differ from their namesakes in grpo.py
     "blame", "open_run", "save_checkpoint", "draw_curve", "check", "evaluate",
     "describe",
 )  # fmt: skip
@@ -82,12 +83,12 @@ td.Distribution.set_default_validate_args(False)
 
 @dataclasses.dataclass
 class Args:
-    seed: int = 1  # of the networks, the sampling and the environments
-    steps: int = 80  # batches in the whole run, those before a --resume included
+    seed: int = 1  # for the networks, the sampling and the environments
+    steps: int = 80  # batches in the whole run, including those before a --resume
     run_dir: str = ""  # folder of the run (default: runs/ppo_envs/<time>-s<seed>)
-    resume: str = ""  # folder of a run to continue, under its own flags
+    resume: str = ""  # folder of a run to continue; its saved flags apply
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to act and to learn
-    compile: Literal["auto", "on", "off"] = "auto"  # CUDA graphs on a GPU
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile, on GPUs CUDA graphs
     env: str = "cartpole"  # or acrobot, pendulum, breakout, gym:<id>, gymnax:<id>
     num_envs: int = 256  # environments side by side (N), over all ranks
     rollout_length: int | None = None  # S; default: 32, more with few environments
@@ -99,7 +100,7 @@ class Args:
     base_envs: int = 256  # --num-envs at which the wrong arms equal the recipe
     epochs: int = 4  # passes over each batch
     ewma_com: float = 0.0  # centre of mass of pi_prox in gradient steps; 0: plain PPO
-    ewma_from: int = 1  # step that begins with it; plain PPO before
+    ewma_from: int = 1  # first step with --ewma-com; plain PPO before it
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # lambda
     clip: float = 0.2  # e
@@ -109,21 +110,21 @@ class Args:
     hidden_size: int = 64  # units in a layer of the actor and of the critic
     hidden_layers: int = 2  # layers of each
     eval_every: int = 10  # steps between evaluations
-    eval_episodes: int = 100  # episodes in an evaluation, most likely actions
+    eval_episodes: int = 100  # episodes in an evaluation (most likely actions)
     save_every: int = 20  # steps between checkpoints
     track: bool = False  # mirror the metrics to Weights & Biases
-    wandb_project: str = "onefile-rl"  # project there
+    wandb_project: str = "onefile-rl"  # Weights & Biases project
 
 
 def fail(message: str) -> NoReturn:
-    """Stop with one line about what the user can put right, exit code 2."""
+    """Exit with code 2 and one line that says what the user has to fix."""
     tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
 @contextlib.contextmanager
 def blame(what: str) -> Iterator[None]:
-    """Turn an exception inside into one line: `what` went wrong, and why."""
+    """Turn an exception in the block into one line: what went wrong, and why."""
     try:
         yield
     except Exception as e:
@@ -247,9 +248,9 @@ BUILT_IN = {
 
 
 class TensorEnv:
-    """Copies of a built-in environment, which start again in the step they end in: the
-    N of num_envs that are `mine`. Noise is drawn for all, so that ranks do not change
-    it."""
+    """Copies of a built-in environment that reset in the step they end in: those of
+    num_envs that are `mine`, N of them. Noise is drawn for all num_envs, so that it is
+    the same for any number of ranks."""
 
     def __init__(self, name: str, num_envs: int, args: Args, mine: slice):
         with blame(f"--env {name} is none of {', '.join(BUILT_IN)}, gym:, gymnax:<id>"):
@@ -272,8 +273,9 @@ class TensorEnv:
         return self.rules.observe(self.state[0])
 
     def step(self, actions: torch.Tensor) -> tuple:
-        """obs (N, O), rewards, terminated, truncated (N,), final_obs (N, O): the last
-        of an episode where one ended (obs: the next one's first), else equal to obs."""
+        """obs (N, O), rewards, terminated, truncated (N,), final_obs (N, O): where an
+        episode ended, its last observation (obs is then the first of the next episode),
+        elsewhere equal to obs."""
         *self.state, obs, rewards, terminated, truncated, final_obs = self.advance(
             *self.state, actions, self.noise()
         )
@@ -381,18 +383,18 @@ class OtherEnv:
 
 
 def make_env(args: Args, num_envs: int, mine=slice(None)) -> TensorEnv | OtherEnv:
-    """Those of num_envs environments that are mine, of --env's kind; reset first."""
+    """The `mine` part of num_envs environments of kind --env; call reset() first."""
     kind = OtherEnv if args.env.startswith(("gym:", "gymnax:")) else TensorEnv
     return kind(args.env, num_envs, args, mine)
 
 
 def share(total: int) -> slice:
-    """This rank's part of total things in a row."""
+    """This rank's contiguous slice of `total` items."""
     return slice(RANK * total // WORLD_SIZE, (RANK + 1) * total // WORLD_SIZE)
 
 
 def all_reduce(x: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
-    """x summed over torchrun's ranks, in place; x itself in a single process."""
+    """Reduce x over torchrun's ranks, in place; a single process returns x as it is."""
     if WORLD_SIZE > 1:
         dist.all_reduce(x, getattr(dist.ReduceOp, operation))
     return x
@@ -402,7 +404,7 @@ def all_reduce(x: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
 
 
 def compiled(function: Callable, args: Args) -> Callable:
-    """function through torch.compile, as CUDA graphs on a GPU; itself if it is off."""
+    """function through torch.compile, as CUDA graphs on a GPU; or as it is if off."""
     if args.compile == "off":
         return function
     shapes = None if WORLD_SIZE > 1 else False  # a rank's share of a minibatch varies
@@ -428,8 +430,9 @@ def in_pieces(function: Callable, *tensors: torch.Tensor) -> tuple:
 
 
 def mlp(x: torch.Tensor, weights: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """(B, sizes[-1]) of a network with tanh between its layers for x (B, sizes[0]); the
-    matrices and biases of the layers lie one after another in weights (P,)."""
+    """Outputs (B, sizes[-1]) of a network with tanh between its layers for x (B,
+    sizes[0]). weights (P,) holds each layer's matrix and bias, one layer after
+    another."""
     shapes = list(itertools.pairwise(sizes))
     parts = weights.split([count for n, m in shapes for count in (n * m, m)])
     for i, (n, m) in enumerate(shapes):
@@ -451,8 +454,8 @@ def mlp_weights(sizes: list[int], last_gain: float) -> torch.Tensor:
 
 
 class Agent(torch.nn.Module):
-    """The weights theta of actor and critic in one vector, what Adam and PPO-EWMA keep
-    of its past, the normaliser: all that is learned, and all that is saved."""
+    """All that is learned and saved: the weights theta of actor and critic in one
+    vector, what Adam and PPO-EWMA keep of its past, and the observation normaliser."""
 
     def __init__(self, env: TensorEnv | OtherEnv, args: Args):
         super().__init__()
@@ -465,7 +468,7 @@ class Agent(torch.nn.Module):
         tensors |= {"adam_mean": 0 * theta, "adam_var": 0 * theta}
         tensors |= {"mean": torch.zeros(env.obs_size), "var": torch.ones(env.obs_size)}
         tensors["seen"] = torch.zeros(())  # transitions in mean and var
-        # steps of Adam, of PPO-EWMA the sum of the weights and the mean age
+        # Adam's steps; PPO-EWMA's sum of weights beta^k and their mean age
         tensors["past"] = torch.tensor([0.0, 1.0, 0.0])
         for name, x in tensors.items():
             self.register_buffer(name, x)
@@ -523,7 +526,7 @@ class Agent(torch.nn.Module):
         return actions, policy.log_prob(actions), *self.value(obs)
 
     def loss(self, theta, obs, actions, old_logprobs, advantages, returns) -> tuple:
-        """-J of a piece of a minibatch, and what the metrics say of it (4,): sums."""
+        """-J summed over a piece of a minibatch, and the sums of four metrics, (4,)."""
         x, prox_logprobs = self.normalize(obs), old_logprobs
         actor, critic = theta.split(self.parts)
         policy = self.policy(mlp(x, actor, self.sizes[0]))
@@ -544,9 +547,10 @@ class Agent(torch.nn.Module):
 
 @torch.no_grad()
 def collect(agent, env, live: dict, batch: dict, args: Args) -> tuple:
-    """S steps of all environments into batch, tensors (S, N, ...) in the dtype they
-    come in. live: "obs", "episode" (2, N), return and length so far. Gives sums over
-    the finished episodes (return, length, 1), points in time around act and step."""
+    """Write S steps of all environments into batch, tensors (S, N, ...) in the dtype
+    they come in. live: "obs" and "episode" (2, N), return and length so far. Returns
+    sums over the finished episodes (return, length, count) and the times around act and
+    step."""
     mine = share(args.num_envs)
     totals, clock = torch.zeros(3, device=args.device), []
     for s in range(args.rollout_length):
@@ -556,7 +560,7 @@ def collect(agent, env, live: dict, batch: dict, args: Args) -> tuple:
         clock.append(now(args.device))
         obs, rewards, terminated, truncated, final_obs = env.step(actions)
         clock.append(now(args.device))
-        # V(final_obs) where an episode was cut off; a GPU takes all rows, not to wait
+        # V(final_obs) where an episode was cut off; a GPU does all rows to avoid a sync
         rows = truncated.nonzero()[:, 0] if args.device == "cpu" else slice(None)
         next_values = torch.zeros_like(values)
         if args.device != "cpu" or len(rows):
@@ -580,7 +584,7 @@ def collect(agent, env, live: dict, batch: dict, args: Args) -> tuple:
 
 
 def now(device: str) -> float | torch.cuda.Event:
-    """A point in time, on a GPU in its own queue: the host does not wait for it."""
+    """The time; on a GPU an event in its queue, so that the host does not wait."""
     if device != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -589,7 +593,7 @@ def now(device: str) -> float | torch.cuda.Event:
 
 
 def describe(stats: dict, totals, clock: list, start: float, batch: dict) -> dict:
-    """What the metrics say of a step; the only wait for the device is in here."""
+    """The metrics of a step. This is the only place that waits for the device."""
     names = "episode_return", "episode_length", "episodes"
     stats |= dict(zip(names, [*totals[:2] / totals[2], totals[2]]))
     values = torch.stack([*stats.values()]).tolist()
@@ -616,8 +620,9 @@ def describe(stats: dict, totals, clock: list, start: float, batch: dict) -> dic
 
 
 def recipe(args: Args) -> tuple[int, float]:
-    """Minibatch size and learning rate, the same for any --num-envs (2603.06009); in
-    the wrong arms the minibatch grows with it, in one the rate by the square root."""
+    """Minibatch size and learning rate: the same for any --num-envs (2603.06009). In
+    the wrong arms the minibatch grows with --num-envs, and in one of them the rate with
+    its square root."""
     growth = 1.0 if args.scaling == "minibatches" else args.num_envs / args.base_envs
     root = math.sqrt(growth) if args.scaling == "minibatch-size-sqrt-lr" else 1.0
     return round(args.minibatch_size * growth), args.learning_rate * root
@@ -626,7 +631,7 @@ def recipe(args: Args) -> tuple[int, float]:
 def gae(rewards, values, next_values, terminated, truncated, gamma, lam) -> tuple:
     """Advantages and returns, (S, N) as all inputs (1506.02438, eq. 16). next_values[s]
     is V(final observation) where the episode ended at s, else V(obs at s + 1).
-    Termination takes the bootstrap; it and truncation cut the lambda chain."""
+    Termination drops the bootstrap; both kinds of end cut the lambda chain."""
     advantages, later = torch.empty_like(values), torch.zeros_like(values[0])
     for s in reversed(range(len(rewards))):
         delta = rewards[s] + gamma * next_values[s] * ~terminated[s] - values[s]
@@ -636,7 +641,7 @@ def gae(rewards, values, next_values, terminated, truncated, gamma, lam) -> tupl
 
 
 def ppo_loss(logprobs, old_logprobs, prox_logprobs, advantages, clip) -> tuple:
-    """Minus the clipped surrogate, and whether the clip takes its gradient, both (B,)
+    """Minus the clipped surrogate, and whether the clip zeroes its gradient, both (B,)
     as the inputs (2110.00641; 1707.06347, eq. 7, if prox_logprobs is old_logprobs)."""
     surrogate = (logprobs - old_logprobs).exp() * advantages  # pi / pi_b A
     ratio = (logprobs - prox_logprobs).exp()  # pi / pi_prox
@@ -646,8 +651,8 @@ def ppo_loss(logprobs, old_logprobs, prox_logprobs, advantages, clip) -> tuple:
 
 
 def ewma_update(average, weights, total, age, com: float) -> tuple:
-    """Take weights into their average, in place: those k steps old weigh beta^k. Gives
-    the new sum of these and their mean age in steps (2110.00641)."""
+    """Add weights to their average, in place; those k steps old count beta^k. Returns
+    the new sum of these counts and their mean age in steps (2110.00641)."""
     beta = com / (1 + com)
     new = 1 / (beta * total + 1)  # the share of weights
     average.lerp_(weights, new)
@@ -655,7 +660,7 @@ def ewma_update(average, weights, total, age, com: float) -> tuple:
 
 
 def add_gradient(agent: Agent, *part: torch.Tensor) -> None:
-    """Add the gradient of the loss of part of a minibatch, and its statistics."""
+    """Add up the gradient and the statistics of the loss of part of a minibatch."""
     if torch.compiler.is_compiling():
         gradient, terms = torch.func.grad(agent.loss, has_aux=True)(agent.theta, *part)
     else:
@@ -672,7 +677,7 @@ def descend(agent: Agent) -> None:
     args, (size, learning_rate) = agent.args, recipe(agent.args)
     gradient = agent.gradient / size
     actor = gradient[: agent.parts[0]]
-    # disjoint transitions: g.g' is |G|^2, |g - g'|^2 / 2 the noise of one, on average
+    # disjoint data: on average g.g' is |G|^2 and |g - g'|^2 / 2 the noise of one g
     spread = ((actor - agent.last) ** 2).sum() * (agent.last != 0).any() / 2
     norm, (updates, total, age) = gradient.norm(), agent.past.unbind()
     agent.sums[4:] += torch.stack([size * spread, actor @ agent.last, norm, age])
@@ -693,7 +698,7 @@ def descend(agent: Agent) -> None:
 
 
 def add_and_descend(agent: Agent, *minibatch: torch.Tensor) -> None:
-    """Both, to be compiled as one graph."""
+    """add_gradient and descend, to be compiled as one graph."""
     add_gradient(agent, *minibatch)
     descend(agent)
 
@@ -708,7 +713,7 @@ def moments(x: torch.Tensor) -> tuple:
 
 @torch.no_grad()
 def learn(agent: Agent, batch: dict, args: Args) -> dict:
-    """--epochs passes of Adam over the batch; their statistics, left on the device."""
+    """Make --epochs passes over the batch; returns statistics, left on the device."""
     names = "rewards", "values", "next_values", "terminated", "truncated"
     advantages, returns = gae(*(batch[x] for x in names), args.gamma, args.gae_lambda)
     (mean, var), (_, spread) = (moments(x.flatten()) for x in (advantages, returns))
@@ -757,8 +762,8 @@ def learn(agent: Agent, batch: dict, args: Args) -> dict:
 
 
 def own_rows(rows: torch.Tensor, width: int) -> torch.Tensor:
-    """Which of rows, places in (S, width) of all ranks, are this rank's; and their
-    places there."""
+    """Those of rows, places in (S, width) of all ranks, that are this rank's, as places
+    in its own share."""
     mine, column = share(width), rows % width
     rows = rows[(column >= mine.start) & (column < mine.stop)]
     return rows // width * (mine.stop - mine.start) + rows % width - mine.start
@@ -809,7 +814,7 @@ def open_run(args: Args, step: int) -> None:
 
 
 def write_logs(args: Args, metrics: dict, sample: dict) -> None:
-    """A line of metrics.jsonl and of samples.jsonl; wandb may fail, training not."""
+    """Append to metrics.jsonl and samples.jsonl. If wandb fails, training goes on."""
     if RANK > 0:
         return
     with blame(f"cannot write in {args.run_dir}"):
@@ -868,7 +873,7 @@ def draw_curve(run_dir: Path) -> None:
 
 
 def read_flags(default: Args | None = None) -> Args:
-    """The command line; a wrong flag is one line instead of tyro's box."""
+    """Parse the command line; a wrong flag gives one line instead of tyro's box."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -881,7 +886,7 @@ def read_flags(default: Args | None = None) -> Args:
 
 
 def check(args: Args) -> None:
-    """Refuse flags that cannot be; fill in --rollout-length, --compile."""
+    """Reject invalid flags; fill in --rollout-length and --compile."""
     may_be_0 = "seed", "ewma_com", "gamma", "gae_lambda", "value_coef", "entropy_coef"
     for name, value in vars(args).items():
         number, zero = type(value) in (int, float), value == 0 and name in may_be_0
@@ -905,7 +910,7 @@ def check(args: Args) -> None:
     ):
         if wrong:
             fail(message)
-    if args.compile == "auto":  # on a CPU it takes 10 s, then twice the speed or more
+    if args.compile == "auto":  # on a CPU it costs 10 s and at least doubles the speed
         updates = args.steps * args.epochs * batch / size
         args.compile = "on" if args.device == "cuda" or updates > 2**14 else "off"
     if args.device == "cuda" and WORLD_SIZE > 1:
@@ -919,7 +924,7 @@ def check(args: Args) -> None:
 
 
 def parse_args() -> Args:
-    """The flags, checked and completed; those of the run itself if one is resumed."""
+    """The flags, checked and completed; a resumed run keeps its saved ones."""
     args = read_flags()
     if args.resume:
         last, old = (Path(args.resume, f"checkpoint{x}") for x in ("", ".old"))
@@ -981,7 +986,7 @@ def train(args: Args) -> int:
     steps = range(step + 1, args.steps + 1)
     bar = tqdm(steps, initial=step, total=args.steps, disable=RANK > 0)
     for step in bar:
-        torch.manual_seed(args.seed * 10**9 + step)  # no state of it to save
+        torch.manual_seed(args.seed * 10**9 + step)  # so no RNG state is saved
         start = time.perf_counter()
         totals, clock = collect(agent, env, live, batch, args)
         agent.args.ewma_com = args.ewma_com * (step >= args.ewma_from)
@@ -990,7 +995,7 @@ def train(args: Args) -> int:
         transitions = step * args.num_envs * args.rollout_length
         metrics = {"step": step, "transitions": transitions}
         metrics |= describe(stats, totals, clock, start, batch)
-        if "grad_norm" not in metrics:  # what is not finite is left out
+        if "grad_norm" not in metrics:  # describe() leaves out what is not finite
             fail(
                 f"the gradient is not finite at step {step}, nothing of it is saved: "
                 "start anew with a lower --learning-rate"

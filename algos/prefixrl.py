@@ -2,30 +2,30 @@
 
 Paper: Reuse your FLOPs (arXiv 2601.18795). Parent: grpo.py, whose update this is.
 
-On a problem that the model never solves, every group of completions is all wrong, and
-RL learns nothing. But some FLOPs were spent once to find one right answer (a trace) to
-it. Let the model answer from somewhere inside that trace, and it is right now and then:
+On a problem that the model never solves, all completions of every group are wrong, and
+RL learns nothing. But FLOPs were spent once to find one right answer (a trace) to it.
+Start the model from inside that trace, and it is sometimes right:
 
-    x                a hard problem: no sample of --hard-k by the base model is right
+    x                a hard problem: none of --hard-k samples of the base model is right
     z                its trace: the first right one of at most --trace-cap samples by
                      --trace-model, or one given by --traces
     x_h = x z_<h     a prefixed problem: h tokens of z stand at the start of the answer,
                      --prefix-low |z| <= h <= --prefix-high |z|
     y_i              completions of x or of x_h, a group of each, all drawn from pi
-    A_i              r_i - mean(r) of the group (--advantage-scale std: over std(r))
+    A_i              r_i - mean(r) of the group (--advantage-scale std: / std(r))
     J =              1/Z sum_i sum_t w_i A_i log pi(y_i,t | x or x_h, y_i,<t)
 
     --normalization token     w_i = 1,        Z = completion tokens
                     sequence  w_i = 1/|y_i|,  Z = completions
                     constant  w_i = 1,        Z = completions x max length
 
-The prefix is context: none of its tokens is in y, w or Z (--no-mask-prefix: all are, to
-see what that does). What is learned behind the prefixes carries over to the problems
-without (back-generalisation), and only those count in the evaluation.
+The prefix is context: none of its tokens is in y, w or Z (with --no-mask-prefix all
+are, to see what that does). What is learned behind prefixes carries over to the
+problems without one (back-generalisation); eval/pass@k counts only those.
 
-Compute is counted as the paper does: 2 N FLOPs for a token that N parameters read, 6 N
-for one trained on; prompts and prefixes too, the search for hard problems and traces
-too, evaluation not. --max-flops ends runs at equal cost. Other ways to use the traces:
+Compute is counted as in the paper: 2 N FLOPs per token that N parameters read, 6 N per
+token trained on. Prompts, prefixes and the search for hard problems and traces count,
+evaluation does not. --max-flops ends runs at equal cost. Other ways to use the traces:
 
     --prefixes-per-problem 0                   plain RL on the hard problems
     --prefixes-per-problem 0 --sft-epochs 10   imitate the traces, then plain RL
@@ -33,12 +33,13 @@ too, evaluation not. --max-flops ends runs at equal cost. Other ways to use the 
                                                group, A weighted by pi(z) / mu(z)
     --plain-share 0                            prefixed problems only
 
-Differences. mu(z) is what z was sampled with; that it was kept because it is right
-is left out of the weight, which is capped at e^20 only. The paper states no clip and no
-KL: grpo.py's (e_low, e_high, beta) are here, and at one update on a batch no clip acts.
-A learning rate of 1e-6 and 128 prompts a step are the paper's, as far as it is known;
-so are 512 samples of a hard problem and 2,500 tries for a trace, of which the command
-below, with 7 million tokens at most to find the hard ones, is a small version.
+Differences. mu(z) is the probability with which z was sampled; that z was kept because
+it is right is left out of the weight, which is only capped at e^20. The paper states no
+clip and no KL: grpo.py's (e_low, e_high, beta) are here, and with one update per batch
+the clip never acts. The paper, as far as is known, uses a learning rate of 1e-6, 128
+prompts per step, 512 samples of each hard problem and up to 2,500 tries for a trace.
+The second command below is a small version of that, with at most 7 million tokens to
+find the hard problems.
 
     python algos/prefixrl.py
     python algos/prefixrl.py --model Qwen/Qwen3-0.6B-Base --data train.jsonl \
@@ -46,10 +47,10 @@ below, with 7 million tokens at most to find the hard ones, is a small version.
         --micro-batch-size 4 --rollout-batch-size 64 --gradient-checkpointing
 
 The first, with nothing to download, learns chains of nine moves, all of one skill, from
-a model that does a move right one time in four and a whole chain never. Its traces are
-those of a better model (--trace-model careful): to sample them is counted, the training
-of either is not. What is learned behind a prefix can serve before it only where the
-steps have a skill in common, as here.
+a model that gets a move right one time in four and a whole chain never. Its traces come
+from a better model (--trace-model careful): sampling them is counted, training either
+model is not. What is learned behind a prefix helps before it only if the steps have a
+skill in common, as here.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ from tokenizers import Tokenizer, decoders, models
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-# names whose text may differ from that in the other scripts
+# names whose code may differ from their namesakes in other scripts
 OWN = ("CURVE", "TASKS", "check", "evaluate")
 CURVE = "eval/(hard_)?pass@.*"  # metrics that curve.png shows
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
@@ -98,35 +99,35 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 @dataclasses.dataclass
 class Args:
-    seed: int = 1  # of the data order, the sampling and the built-in model
-    steps: int = 200  # batches in the whole run, those before a --resume included
+    seed: int = 1  # for the problems, their order, the sampling and the built-in model
+    steps: int = 200  # batches in the whole run, including those before a --resume
     run_dir: str = ""  # folder of the run (default: runs/prefixrl/<time>-s<seed>)
-    resume: str = ""  # folder of a run to continue, under its own flags
+    resume: str = ""  # folder of a run to continue; its saved flags apply
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products
     model: str = "tiny"  # tiny (built in), a local folder or a hub name
-    tiny_steps: int = 900  # batches of 64 worked answers that tiny starts from
+    tiny_steps: int = 900  # warm-start steps of tiny, on 64 worked answers each
     task: str = "chain"  # chain-9 (moves), -8, ... or a task.py
     data: str = ""  # JSONL file of {"prompt": ..., "answer": ...}, instead of --task
     eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)
-    candidates: int = 96  # problems among which the hard ones are looked for
+    candidates: int = 96  # problems that are searched for hard ones
     hard_k: int = 64  # samples that must all be wrong for a problem to be hard
-    trace_cap: int = 500  # more samples of a hard problem at most, to find a trace
-    trace_model: str = ""  # samples them: base (for tiny: careful), folder, hub name
-    traces: str = ""  # JSONL of {"prompt": ..., "ids" or "text": ...} instead
-    strict_traces: bool = False  # stop at a bad line of --traces, do not skip it
-    prefixes_per_problem: int = 3  # cut from each trace; 0: plain RL
+    trace_cap: int = 500  # at most so many more samples of a hard problem for a trace
+    trace_model: str = ""  # samples traces: base (for tiny: careful), folder, hub name
+    traces: str = ""  # JSONL of {"prompt": ..., "ids" or "text": ...}, not sampled ones
+    strict_traces: bool = False  # stop at a bad line of --traces instead of skipping it
+    prefixes_per_problem: int = 3  # prefixes cut from each trace; 0: plain RL
     prefix_low: float = 0.4  # least share of the trace in a prefix
-    prefix_high: float = 0.8  # greatest share of it
-    plain_share: float = 0.25  # of a batch: hard problems without a prefix
+    prefix_high: float = 0.8  # greatest share of the trace in a prefix
+    plain_share: float = 0.25  # share of a batch without a prefix
     mask_prefix: bool = True  # keep the tokens of a prefix out of the loss
     sft_epochs: int = 0  # epochs of imitation of the traces before RL
-    off_policy: bool = False  # traces join their plain groups, importance-weighted
-    max_flops: float = 0.0  # end the run once this much is spent (0: after --steps)
+    off_policy: bool = False  # put each trace into its group, importance-weighted
+    max_flops: float = 0.0  # end the run at this many FLOPs (0: after --steps)
     prompts_per_step: int = 32  # prompts in a batch, over all ranks
     group_size: int = 8  # completions of each prompt (G)
     max_new_tokens: int = 16  # length at which a completion is cut off
-    temperature: float = 1.0  # of sampling, and inside every log-prob
+    temperature: float = 1.0  # for sampling, and for every log-prob
     learning_rate: float | None = None  # default: 3e-4 for tiny, 1e-6 for other models
     warmup_steps: int = 10  # steps over which the learning rate rises
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
@@ -138,26 +139,26 @@ class Args:
     clip_low: float = 0.2  # e_low: ratios are clipped at 1 - e_low
     clip_high: float = 0.28  # e_high: ratios are clipped at 1 + e_high
     advantage_scale: Literal["std", "none"] = "none"  # divide by the group's std?
-    normalization: Literal["token", "sequence", "constant"] = "token"  # loss per what?
+    normalization: Literal["token", "sequence", "constant"] = "token"  # denominator Z
     kl_coef: float = 0.0  # beta: weight of the KL to the initial model (LoRA: its base)
     mask_truncated: bool = False  # leave cut-off completions out of the loss
     eval_every: int = 50  # steps between evaluations
     eval_prompts: int = 128  # problems of a kind in an evaluation
-    eval_samples: int = 8  # completions of each of them
+    eval_samples: int = 8  # completions per evaluation problem
     save_every: int = 100  # steps between checkpoints
     track: bool = False  # mirror the metrics to Weights & Biases
-    wandb_project: str = "onefile-rl"  # project there
+    wandb_project: str = "onefile-rl"  # Weights & Biases project
 
 
 def fail(message: str) -> NoReturn:
-    """Stop with one line about what the user can put right, exit code 2."""
+    """Exit with code 2 and one line that says what the user has to fix."""
     tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
 @contextlib.contextmanager
 def blame(what: str) -> Iterator[None]:
-    """Turn an exception inside into one line: `what` went wrong, and why."""
+    """Turn an exception in the block into one line: what went wrong, and why."""
     try:
         yield
     except Exception as e:
@@ -187,8 +188,9 @@ def chain_problems(
     split: str, seed: int, size: int, slips: float = 0.0
 ) -> Iterator[Problem]:
     """Endless problems such as "8+*-:" with the answer "921": from a digit on, each of
-    `size` moves goes up by 1, down by 1 or up by 3, modulo 10. The worked answers have
-    a share of slips, steps to any wrong digit. The prompt decides what is held out."""
+    `size` moves adds 1 (+), subtracts 1 (-) or adds 3 (*), modulo 10. A share `slips`
+    of the steps in worked answers goes to a random wrong digit. The prompt decides what
+    is held out."""
     rng = random.Random(f"{split} {seed}")
     while True:
         start, moves = rng.randrange(10), "".join(rng.choices([*MOVES], k=size))
@@ -201,8 +203,8 @@ def chain_problems(
 
 
 def chain_reward(problem: Problem, completion: str) -> float:
-    """1.0 if every step is there, right and in its place, and nothing else, else 0.0: a
-    right last digit alone earns nothing."""
+    """1.0 if the completion is exactly the digits after each move, else 0.0: a right
+    last digit alone earns nothing."""
     start, moves = problem.answer
     sums = itertools.accumulate([start, *(MOVES[move] for move in moves)])
     return float(completion == "".join(str(x % 10) for x in sums)[1:])
@@ -228,7 +230,7 @@ def to_problem(item: Problem | dict) -> Problem:
 
 
 def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
-    """Problems to train on, held-out ones (none in both), reward(problem, text)."""
+    """Training problems, held-out problems (no overlap), reward(problem, text)."""
     where, splits = args.data or args.task, ("train", "eval")
     files, (name, _, size) = [where, where], args.task.partition("-")
     if args.data:
@@ -278,7 +280,7 @@ def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
 
 
 def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.Tensor:
-    """Rewards (B,) float32; an error or a non-number names its sample and stops."""
+    """Rewards (B,) float32. A failed or non-finite one stops the run and is named."""
     rewards = []
     for i, (problem, text) in enumerate(zip(problems, texts)):
         asked = f"prompt {str(problem.prompt)[:60]!r}, completion {text!r}"
@@ -290,7 +292,7 @@ def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.
 
 
 def hash_prompts(problems: list[Problem], args: Args) -> int:
-    """Of all prompts: they must be those of the other ranks and of the run's start."""
+    """Hash of all prompts, which must be equal on all ranks and after a --resume."""
     text = str([problem.prompt for problem in problems]).encode()
     known = saved = int(hashlib.sha256(text).hexdigest()[:15], 16)
     ends = all_reduce(torch.tensor([known, -known], device=args.device), "MAX")
@@ -306,8 +308,8 @@ def hash_prompts(problems: list[Problem], args: Args) -> int:
 
 
 def warm_start(problems: list[Problem], seed: int, steps: int, width: int) -> tuple:
-    """A Qwen3 (width 128: 0.8 M parameters), one token a character, trained on batches
-    of 64 worked answers; and its tokenizer."""
+    """A Qwen3 with one token per character (width 128: 0.8 M parameters), trained on
+    batches of 64 worked answers, and its tokenizer."""
     special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     characters = [*special.values(), "\n", *map(chr, range(32, 127))]
     vocabulary = {character: i for i, character in enumerate(characters)}
@@ -340,7 +342,7 @@ def warm_start(problems: list[Problem], seed: int, steps: int, width: int) -> tu
 
 
 def tiny_model(problems: list[Problem], seed: int, steps: int, width=128) -> str:
-    """Folder of the warm-started model, cached under a hash of all that defines it."""
+    """Folder of the warm-started model, cached by a hash of all that defines it."""
     solved = [p for p in problems if isinstance(p.prompt, str) and p.solution]
     if not solved:
         fail("the tiny model needs worked answers to start from: give a --model")
@@ -363,8 +365,9 @@ def tiny_model(problems: list[Problem], seed: int, steps: int, width=128) -> str
 
 
 def built_in(name: str, problems: list[Problem], args: Args) -> str:
-    """Folder of a built-in model, which has seen no candidate solved; for the chain
-    task it starts from answers with its share of slips. Another name as it is."""
+    """Folder of a built-in model that was not warm-started on any candidate; for the
+    chain task it starts from answers with its share of slips. Other names are returned
+    unchanged."""
     if name not in SLIPS:
         return name
     start = problems[args.candidates :]
@@ -377,8 +380,8 @@ def built_in(name: str, problems: list[Problem], args: Args) -> str:
 
 
 def load_model(name: str, args: Args) -> tuple:
-    """Model (fp32 weights, no dropout) and tokenizer of a folder, perhaps with LoRA's
-    adapter in place of weights, or of a hub name."""
+    """Model (fp32 weights, no dropout) and tokenizer from a hub name or a local folder,
+    which may hold a LoRA adapter instead of weights."""
     local = os.path.isdir(name)
     with blame(f"cannot load the model {name!r}{'' if local else ' (no folder here)'}"):
         name = base = os.path.abspath(name) if local else name  # adapters refer to it
@@ -421,10 +424,10 @@ def load_model(name: str, args: Args) -> tuple:
 
 
 def add_lora(model, args: Args) -> None:
-    """With --lora-rank: freeze the weights (in bf16 if --dtype is), train, beside every
-    linear layer but the head, a product of that rank times two (LoRA, arXiv
-    2106.09685), and only now take the model to the device. The model of a saved adapter
-    goes on with that one."""
+    """With --lora-rank: freeze the weights (in bf16 if --dtype is), add a trainable
+    product of two matrices of that rank, scaled by 2, to every linear layer but the
+    head (LoRA, arXiv 2106.09685), then move the model to the device. A model loaded
+    from an adapter keeps that one."""
     saved = model.peft_config["default"].r if model._hf_peft_config_loaded else 0
     if saved not in (0, args.lora_rank):
         fail(f"{args.model} is an adapter of another rank: --lora-rank {saved}")
@@ -446,7 +449,7 @@ def add_lora(model, args: Args) -> None:
 
 @contextlib.contextmanager
 def without_lora(model, args: Args) -> Iterator[None]:
-    """The weights that the model's adapters were added to."""
+    """Run the block with the model's adapters off, if it has any."""
     if args.lora_rank:
         model.disable_adapters()
     yield
@@ -455,12 +458,12 @@ def without_lora(model, args: Args) -> Iterator[None]:
 
 
 def autocast(args: Args) -> torch.autocast:
-    """Matrix products in bf16 if --dtype says so; the weights themselves stay fp32."""
+    """Matrix products in bf16 if --dtype says so; trained weights stay in fp32."""
     return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 def all_reduce(x: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
-    """x summed over torchrun's ranks, in place; x itself in a single process."""
+    """Reduce x over torchrun's ranks, in place; a single process returns x as it is."""
     if WORLD_SIZE > 1:
         dist.all_reduce(x, getattr(dist.ReduceOp, operation))
     return x
@@ -471,7 +474,7 @@ def all_reduce(x: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
 
 @dataclasses.dataclass
 class Rollout:
-    """B completions, the groups of the prompts one after another. T = P + C."""
+    """B completions, group after group: the G of a prompt in a row. T = P + C."""
 
     tokens: torch.Tensor  # (B, T) int64, prompts left-padded, completions right-padded
     attention_mask: torch.Tensor  # (B, T) int64
@@ -488,12 +491,12 @@ def pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
 
 
 def encode_prompts(tokenizer, problems: list[Problem], longest: int) -> list[list[int]]:
-    """Token ids of the prompts: text as it is, messages by the chat template, once."""
+    """Token ids of the prompts: text as it is, messages through the chat template."""
     encoded = []
     for i, (prompt, *_) in enumerate(problems):
         with blame(f"prompt {i} ({str(prompt)[:60]!r}) cannot be used"):
             if isinstance(prompt, str):
-                bare = not prompt.startswith(tokenizer.bos_token or "\0")  # not twice
+                bare = not prompt.startswith(tokenizer.bos_token or "\0")  # one BOS
                 ids = tokenizer(prompt, add_special_tokens=bare)["input_ids"]
             else:
                 ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
@@ -505,34 +508,35 @@ def encode_prompts(tokenizer, problems: list[Problem], longest: int) -> list[lis
 
 
 def uniforms(args: Args, step: int, prompts: int, samples: int) -> torch.Tensor:
-    """Noise (prompts x samples, max_new_tokens) float64 in [0, 1), this rank's share: a
-    function of seed and step alone, whatever ran before and however many ranks run."""
+    """This rank's share of noise (prompts x samples, max_new_tokens), float64 in
+    [0, 1): it depends on seed and step alone, not on earlier steps or on how many ranks
+    there are."""
     shape = prompts, samples, args.max_new_tokens
     noise = np.random.default_rng([args.seed, step]).random(shape)[RANK::WORLD_SIZE]
     return torch.from_numpy(noise).flatten(0, 1)
 
 
 def stop_ids(model, tokenizer) -> list[int]:
-    """Ids that end a completion: the tokenizer's EOS and those of generation_config,
-    where chat models have the end of a turn."""
+    """Ids that end a completion: the tokenizer's EOS and those in generation_config,
+    where chat models list their end-of-turn token."""
     more = model.generation_config.eos_token_id
     more = more if isinstance(more, list) else [more]
     return sorted({tokenizer.eos_token_id, *more} - {None})
 
 
 def completion_mask(completions: torch.Tensor, eos_token_id) -> tuple:
-    """Mask (B, C) float32 up to the first EOS inclusive; truncated (B,) bool: no EOS.
-    eos_token_id: an int, or several as a tensor. Places decide, not the padding's
-    value: pad == eos is fine."""
+    """Mask (B, C) float32: 1 up to and including the first EOS; truncated (B,) bool: no
+    EOS. eos_token_id: an int, or several as a tensor. The mask depends on positions,
+    not on the padding's value: pad == eos is fine."""
     is_eos = torch.isin(completions, eos_token_id)
     return (is_eos.cumsum(-1) - is_eos.long() == 0).float(), ~is_eos.any(-1)
 
 
 class Columns(transformers.cache_utils.DynamicLayer):
-    """Keys and values (B, H, L, D) of a layer, in one place: new ones are written where
-    `end` (1,) points, and the first `width` columns are read."""
+    """Keys and values (B, H, L, D) of a layer, written in place: new ones go to column
+    `end` (1,), and the first `width` columns are read."""
 
-    is_compileable = True  # the mask is made without a look at its values
+    is_compileable = True  # the mask is built without reading its values
 
     def __init__(self, prompts, end: torch.Tensor, dtype: torch.dtype | None):
         super().__init__()
@@ -556,8 +560,8 @@ class Columns(transformers.cache_utils.DynamicLayer):
 
 
 def attend(module, query, key, value, attention_mask, scaling, **_) -> tuple:
-    """sdpa of one query token, (B, H, 1, D), that reads each key (B, H / g, L, D) once:
-    before 5.23 transformers copies it for all the g heads that share it."""
+    """SDPA for one query token (B, H, 1, D) that reads each key (B, H / g, L, D) once:
+    transformers before 5.23 copies it for each of the g heads that share it."""
     groups = query.view(*key.shape[:2], -1, query.shape[-1])
     kwargs = dict(attn_mask=attention_mask, scale=scaling)
     output = F.scaled_dot_product_attention(groups, key, value, **kwargs)
@@ -566,7 +570,7 @@ def attend(module, query, key, value, attention_mask, scaling, **_) -> tuple:
 
 @contextlib.contextmanager
 def one_by_one(model) -> Iterator[None]:
-    """The model's attention is `attend`, if it was sdpa."""
+    """Run the block with `attend` as the model's attention, if that was sdpa."""
     own, masks = model.config._attn_implementation, transformers.AttentionMaskInterface
     if own == "sdpa" and model._can_set_attn_implementation():
         transformers.AttentionInterface.register("attend", attend)
@@ -579,8 +583,8 @@ def one_by_one(model) -> Iterator[None]:
 
 
 def recordable(model) -> bool:
-    """Can the forward pass be a CUDA graph? Not on a CPU, nor where values decide what
-    is done next: most mixtures of experts, some scalings of positions."""
+    """Can the forward pass be one CUDA graph? Not on a CPU, nor if it branches on
+    values of tensors: most mixtures of experts, some RoPE scalings."""
     ropes = str([getattr(module, "rope_type", "") for module in model.modules()])
     blind = "dynamic" not in ropes and "longrope" not in ropes
     blind &= getattr(model.config, "_experts_implementation", "") != "grouped_mm"
@@ -588,7 +592,7 @@ def recordable(model) -> bool:
 
 
 def record(step: Callable) -> Callable:
-    """step as one CUDA graph; it is not carried out yet."""
+    """Capture step as one CUDA graph, without running it; returns its replay."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
@@ -600,14 +604,15 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
     """Completions (B, C) from the plain softmax at a temperature, and log-probs (B, C).
 
     prompts (N, P), left-padded, are read once and shared by their B / N completions.
-    noise (B, C) in [0, 1) is all the randomness there is: the inverse CDF turns it into
-    tokens, so a completion does not depend on its neighbours. No warper of the
-    checkpoint's generation_config takes part. eos_token_id (E,): as in completion_mask;
-    what stands behind the first one means nothing. Finished rows are dropped.
+    noise (B, C) in [0, 1) is the only randomness: the inverse CDF turns it into tokens,
+    so a completion does not depend on the others in its batch. No warper of the
+    checkpoint's generation_config (top_k, penalties) is applied. eos_token_id (E,): as
+    in completion_mask; what follows the first EOS is meaningless. Finished rows are
+    dropped.
 
-    A step reads and writes tensors that stay where they are, so that a GPU can replay
-    it as one CUDA graph: its many small kernels would wait for Python each. New shapes
-    (rows dropped, columns added) need a new graph, recorded after one step without.
+    A step reads and writes tensors in place, so that a GPU can replay it as one CUDA
+    graph instead of launching its many small kernels from Python. New shapes (rows
+    dropped, columns added) need a new graph, recorded after one step without a graph.
     """
     (B, C), (N, P), device = noise.shape, prompts.shape, prompts.device
     exact = torch.float32 if device.type == "mps" else torch.float64
@@ -645,7 +650,7 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
         x.repeat_interleave(B // N, 0) for x in (logits, mask, positions[:, -1:])
     )
     draw(logits)
-    bf16 = torch.is_autocast_enabled(device.type)  # to which attention would round
+    bf16 = torch.is_autocast_enabled(device.type)  # attention would round to it
     dtype = torch.get_autocast_dtype(device.type) if bf16 else None
     cache.layers = [Columns(layer, end, dtype) for layer in cache.layers]
     cache.batch_repeat_interleave(B // N)
@@ -655,7 +660,7 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
             share = running.float().mean().item()
             if share == 0:
                 break
-            if share < (0.5 if graphs else 0.8):  # enough are finished for this to pay
+            if share < (0.5 if graphs else 0.8):  # enough rows are done to pay for it
                 replay = None
                 cache.batch_select_indices(running.nonzero()[:, 0])
                 rows, token, positions, mask, running = (
@@ -681,7 +686,7 @@ def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> R
     group_size, most = len(noise) // len(prompts), args.rollout_batch_size
     ids = pad(prompts, tokenizer.pad_token_id, "left").to(args.device)
     seen = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(args.device)
-    noise = noise.float() if args.device == "mps" else noise  # it has no float64
+    noise = noise.float() if args.device == "mps" else noise  # MPS has no float64
     noise, n = noise.to(args.device), max(1, most // group_size)
     chunks = zip(ids.split(n), seen.split(n), noise.split(n * group_size))
     batches = [(*chunk, part) for *chunk, rows in chunks for part in rows.split(most)]
@@ -705,10 +710,10 @@ def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> R
 
 
 def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
-    """What the head reads to score the last C columns of tokens (B, T): hidden states
-    (n, D), with gradient, and which n of the (B, C) tokens they predict, bool: those
-    that attention_mask (B, T) has. Columns of nothing but padding are cut off. A prompt
-    that neighbouring rows share is read once, but with gradient checkpointing."""
+    """Inputs of the head that score the last C columns of tokens (B, T): hidden states
+    (n, D), with gradient, and a bool (B, C) that marks the n tokens they predict, those
+    where attention_mask (B, T) is 1. All-padding columns are cut off. A prompt shared
+    by consecutive rows is read once, except with gradient checkpointing."""
     scored = attention_mask[:, -completion_length:].bool()
     used = attention_mask.any(0).nonzero()[:, 0]
     start, end = int(used[0]), int(used[-1]) + 1
@@ -717,7 +722,7 @@ def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
     positions, n = (mask.cumsum(-1) - 1).clamp(min=0), end - start - width
     inputs, cache, prompt_hidden = (tokens, mask, positions), None, []
     context = torch.cat([tokens[:, :n], mask[:, :n]], -1)
-    new = (context != context.roll(1, 0)).any(-1)  # is it another than the row's before
+    new = (context != context.roll(1, 0)).any(-1)  # does it differ from the row before
     new[0] = True
     kept = not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if kept and width > 1 and not new.all():
@@ -737,8 +742,8 @@ def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
 
 class Logprobs(torch.autograd.Function):
     """Log-probs (n,), with gradient, of targets (n,), and entropies (n,), from hidden
-    states (n, D) and an output head: weight (V, D), bias (V,) or None. The logits of
-    `chunk` tokens exist at once; the backward pass makes them again."""
+    states (n, D) and an output head: weight (V, D), bias (V,) or None. Logits
+    exist for `chunk` tokens at a time; the backward pass recomputes them."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk):
@@ -765,7 +770,7 @@ class Logprobs(torch.autograd.Function):
         parts = (x.split(chunk) for x in (hidden, targets, grad, grad_hidden))
         for h, y, g, out in zip(*parts):
             h, y, g = h.to(dtype), y[:, None], g[:, None]
-            d = F.linear(h, low, b)  # the logits, and then the gradient in their place
+            d = F.linear(h, low, b)  # the logits, then overwritten by their gradient
             p = d.softmax(-1, dtype=torch.float32)
             torch.mul(p, -g, out=d)
             d.scatter_(-1, y, (g - g * p.gather(-1, y)).to(dtype))
@@ -784,7 +789,7 @@ def token_logprobs(
     model, tokens, attention_mask, completion_length: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs (B, C), with gradient, and entropies (B, C) of the last C columns of
-    tokens (B, T), in nats; 0 where attention_mask (B, T) is. At most about 2^28 bytes
+    tokens (B, T), in nats; 0 where attention_mask (B, T) is 0. At most about 2^28 bytes
     of logits exist at once."""
     head = model.get_output_embeddings()
     hidden, scored = last_hidden(model, tokens, attention_mask, completion_length)
@@ -792,7 +797,7 @@ def token_logprobs(
     size = 2 if torch.is_autocast_enabled(tokens.device.type) else 4  # bytes of a logit
     n = 2**28 // size // head.weight.shape[0] + 1
     targets = tokens[:, -completion_length:][scored]
-    batch = hidden / temperature, head.weight, bias, targets, n  # the logits over T
+    batch = hidden / temperature, head.weight, bias, targets, n  # scales the logits
     zeros = torch.zeros(scored.shape, device=tokens.device)
     return tuple(zeros.masked_scatter(scored, x) for x in Logprobs.apply(*batch))
 
@@ -809,17 +814,17 @@ class Trace(NamedTuple):
 
 
 def bare_ids(trace: Trace, eos: int) -> list[int]:
-    """The ids without a final EOS, which is no part of what is cut."""
+    """The ids without a final EOS, which is never part of a prefix."""
     return trace.ids[:-1] if trace.ids[-1] == eos else trace.ids
 
 
 def needs_traces(args: Args) -> bool:
-    """Plain RL does without."""
+    """Whether this run uses traces; plain RL does not."""
     return bool(args.prefixes_per_problem or args.sft_epochs or args.off_policy)
 
 
 def cached(path: Path, make: Callable, args: Args) -> object:
-    """What make() returned when `path` was first asked for, whichever run that was."""
+    """The result of make(), read from `path` if any run has stored it there."""
     found = torch.tensor(float(path.exists()), device=args.device)
     if all_reduce(found, "MIN") > 0:
         return json.loads(path.read_text())
@@ -833,8 +838,8 @@ def cached(path: Path, make: Callable, args: Args) -> object:
 
 
 def search_folder(models: tuple, tokenizer, posed: tuple, args: Args) -> Path:
-    """Folder for what phase 1 finds, named by a hash of what decides it; of a plug-in
-    its own file, not what that imports. posed: (prompts, problems, reward)."""
+    """Folder for what phase 1 finds, named by a hash of all that decides it (for a
+    plug-in: its own file, not its imports). posed: (prompts, problems, reward)."""
     prompts, problems, reward = posed
     digest, plugin = hashlib.sha256(), args.task.endswith(".py") and not args.data
     for name, weights in [x for model in models for x in model.state_dict().items()]:
@@ -864,9 +869,9 @@ def completion_ids(rollout: Rollout) -> list[list[int]]:
 
 
 def attempts(model, tokenizer, prompts, problems, reward, samples, number, args):
-    """`samples` completions of each problem with the noise of chunk `number`: for each
-    problem how many were right, the first of these (its ids, its log-prob) or None, and
-    the tokens read."""
+    """Draw `samples` completions of each problem with the noise of chunk `number`. For
+    each problem: how many were right, the first right one (its ids and log-prob) or
+    None, and the tokens read."""
     mine = slice(RANK, None, WORLD_SIZE)
     noise = uniforms(args, 10**9 + number, len(prompts), samples)  # no step's noise
     found = []
@@ -890,9 +895,9 @@ def attempts(model, tokenizer, prompts, problems, reward, samples, number, args)
 
 def find_traces(model, sampler, tokenizer, posed, given, args) -> tuple:
     """Phase 1: a record of each hard problem, as traces.jsonl of the run has it, and
-    what was spent. posed: (prompts, problems, reward). Traces are those `given`, or
-    None is, and the sampler makes them if they are needed. What was tried is kept chunk
-    by chunk, so that a killed search goes on where it was."""
+    what was spent. posed: (prompts, problems, reward). `given` holds
+    the traces, or is None: then the sampler makes them if they are needed. What was
+    tried is kept chunk by chunk, so that a killed search continues where it was."""
     prompts, problems, reward = posed
     folder = search_folder((model, sampler), tokenizer, posed, args)
     number = itertools.count()
@@ -983,9 +988,9 @@ def read_traces(
 
 
 def cut_prefix(trace: list[int], low: float, high: float, rng) -> list[int]:
-    """The first h ids of a trace of n (section 3), h uniform over the whole numbers
-    with low n <= h <= high n; if there is none, the next above low n. At least one id
-    is left to be answered: n stands for n - 1, a single id has the prefix []. rng:
+    """The first h ids of a trace of n ids (section 3), h uniform over the whole numbers
+    in [low n, high n], or the next one above low n if there is none. At least one id is
+    left to answer: h = n becomes n - 1, and a single id gets the prefix []. rng:
     random.Random.
     ValueError: not 0 <= low <= high <= 1."""
     if not 0 <= low <= high <= 1:
@@ -997,8 +1002,8 @@ def cut_prefix(trace: list[int], low: float, high: float, rng) -> list[int]:
 
 def cut_prefixes(traces: dict[int, Trace], eos: int, args: Args) -> list[tuple]:
     """Phase 2: the prefixed problems (index, prefix), args.prefixes_per_problem of each
-    trace, a function of the seed. What is too short for a prefix stays a plain
-    problem."""
+    trace, a function of the seed. A trace too short for a prefix yields none: its
+    problem stays plain."""
     pairs = []
     for i, trace in traces.items():
         rng = random.Random(f"{args.seed} prefix {i}")
@@ -1038,8 +1043,8 @@ def answers(tokenizer, rollout: Rollout, prefixes: list, n: int) -> list[str]:
 
 
 def flops(model, read: int, trained: int = 0) -> int:
-    """2 N for each token read, 6 N for each one trained on (section 4); frozen weights
-    need 4 N of the 6."""
+    """FLOPs: 2 N per token read, 6 N per token trained on (section 4); for frozen
+    weights 4 N instead of 6 N."""
     n = sum(p.numel() for p in model.parameters())
     own = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return 2 * n * read + (4 * n + 2 * own) * trained
@@ -1052,8 +1057,8 @@ def read_tokens(rollout: Rollout, group_size: int) -> int:
 
 
 def trained_tokens(rollout: Rollout, advantages, args: Args) -> int:
-    """Tokens that `update` reads of the rows it learns from, each time: completions,
-    and the prompt once per group (once per row with gradient checkpointing)."""
+    """Tokens that `update` reads, over all its steps, of the rows it learns from: their
+    completions, and the prompt once per group (per row with gradient checkpointing)."""
     lengths = rollout.completion_mask.sum(-1)
     live = (lengths > 0) & ((advantages != 0) | (args.kl_coef > 0))
     live &= ~(rollout.truncated & args.mask_truncated)
@@ -1065,8 +1070,8 @@ def trained_tokens(rollout: Rollout, advantages, args: Args) -> int:
 
 
 def trace_rollout(prompts: list[list[int]], traces: list[list[int]], args) -> Rollout:
-    """The ids of traces as if they had been sampled, one of each prompt. No texts;
-    log-probs and rewards 0."""
+    """A rollout of traces, one per prompt, as if they had been sampled. Its texts are
+    empty, its log-probs and rewards 0."""
     sides = (prompts, "left"), (traces, "right")
     tokens = [pad(rows, 0, side) for rows, side in sides]
     seen = [pad([[1] * len(row) for row in rows], 0, side) for rows, side in sides]
@@ -1096,8 +1101,8 @@ def imitate(model, prompts, traces: dict[int, Trace], args: Args) -> int:
 
 
 def unmask_prefixes(rollout: Rollout, batch, prompts, args: Args) -> Rollout:
-    """--no-mask-prefix: the prefixes count as sampled, they get the advantage of what
-    came after them. delta_logp says nothing then: the rollout has no log-probs."""
+    """--no-mask-prefix: prefixes count as sampled, with the advantage of what follows.
+    delta_logp is then meaningless: the rollout has no log-probs."""
     n, rows = args.group_size, completion_ids(rollout)
     rows = [batch[i // n][1] + row for i, row in enumerate(rows)]
     new = trace_rollout([prompts[i] for i, _ in batch for _ in range(n)], rows, args)
@@ -1107,8 +1112,8 @@ def unmask_prefixes(rollout: Rollout, batch, prompts, args: Args) -> Rollout:
 def put_traces(model, tokenizer, rollout, batch, prompts, traces, args) -> tuple:
     """--off-policy: in each group whose problem has a trace z, it takes the place of
     the last completion. Returns the new rollout, weights (B,) for its advantages (pi(z)
-    / mu(z) of whole traces, at most e^20; 1 elsewhere), and the tokens read on
-    balance: z is scored once; what it replaces counts as not drawn."""
+    / mu(z) of whole traces, at most e^20; 1 elsewhere), and the net number of tokens
+    read: z is scored once, and the completion it replaces counts as never drawn."""
     n, width = args.group_size, rollout.completion_mask.shape[1]
     rows = completion_ids(rollout)
     lengths = [len(row) for row in rows]
@@ -1150,9 +1155,10 @@ def by_kind(rewards, prefixes: list, args: Args) -> dict[str, float]:
 
 
 def group_advantages(rewards, group_size: int, scale: str = "std") -> torch.Tensor:
-    """Advantages (B,) of rewards (B,), group after group: r - mean(r), for scale "std"
-    divided by std(r) + 1e-4 (DeepSeekMath, section 4.1.2), for "none" not (Dr. GRPO).
-    0 where a group's rewards are equal. ValueError: group_size < 2, a reward is nan."""
+    """Advantages (B,) of rewards (B,), group after group: r - mean(r), divided by
+    std(r) + 1e-4 if scale is "std" (DeepSeekMath, section 4.1.2), not if it is "none"
+    (Dr. GRPO). 0 where a group's rewards are equal. ValueError: group_size < 2 or a
+    reward that is not finite."""
     if group_size < 2 or not rewards.isfinite().all():
         bad = (~rewards.isfinite()).nonzero().flatten().tolist()
         raise ValueError(f"group_size {group_size} < 2 or rewards {bad} not finite")
@@ -1165,7 +1171,7 @@ def group_advantages(rewards, group_size: int, scale: str = "std") -> torch.Tens
 
 
 def loss_weights(mask: torch.Tensor, normalization: str, max_length: int) -> tuple:
-    """w (B, C) and Z of the docstring above; rows masked as a whole are not counted."""
+    """w (B, C) and Z of the module docstring; fully masked rows are not counted."""
     lengths = mask.sum(-1, keepdim=True)
     rows = (lengths > 0).sum().float()
     if normalization == "sequence":
@@ -1176,11 +1182,11 @@ def loss_weights(mask: torch.Tensor, normalization: str, max_length: int) -> tup
 def policy_loss(
     logprobs, old_logprobs, advantages, mask, clip_low, clip_high, denominator
 ) -> tuple[torch.Tensor, dict]:
-    """-J without the KL: PPO's clipped surrogate with DAPO's two clips, a scalar.
+    """-J without the KL: PPO's clipped surrogate with DAPO's two clip limits, a scalar.
 
     logprobs, old_logprobs (B, C); advantages (B,) or (B, C); mask (B, C): a token's
     weight w, or 0; denominator: Z. Losses and stats (tokens; clipped: those whose
-    gradient the clip takes) of micro-batches add up to those of the batch.
+    gradient the clip zeroes) of micro-batches add up to those of the batch.
     """
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     ratio = (logprobs - old_logprobs).exp()  # rho_t
@@ -1201,9 +1207,9 @@ def kl_loss(logprobs, old_logprobs, ref_logprobs, mask, denominator) -> torch.Te
 
 def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, float]:
     """args.updates_per_batch optimiser steps on one batch; statistics of the last one.
-    Rows without advantage are skipped (unless the KL needs them) but counted in Z, and
-    are not in the entropy, which is 0 if all are."""
-    model.train()  # gradient checkpointing asks for it; there is no dropout
+    Rows with zero advantage are skipped (unless the KL needs them) but counted in Z.
+    The entropy is over the rows that are not skipped, 0 if there are none."""
+    model.train()  # needed by gradient checkpointing; there is no dropout
     mask, width = rollout.completion_mask, rollout.completion_mask.shape[1]
     if args.mask_truncated:
         mask = mask * ~rollout.truncated[:, None]
@@ -1211,7 +1217,7 @@ def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, 
     z, clips = all_reduce(z), (args.clip_low, args.clip_high)
     longest = mask.sum(-1).view(-1, args.group_size).amax(-1)
     rows = torch.arange(len(mask), device=mask.device).view(-1, args.group_size)
-    rows = rows[longest.argsort(stable=True)].flatten()  # like lengths side by side
+    rows = rows[longest.argsort(stable=True)].flatten()  # similar lengths together
     live = rows[(mask.any(-1) & ((advantages != 0) | (args.kl_coef > 0)))[rows]]
     old, ref = rollout.logprobs.clone(), rollout.logprobs.clone()
     for i in range(args.updates_per_batch):
@@ -1245,8 +1251,8 @@ def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, 
 
 
 def optimizer_step(model, optimizer, max_grad_norm: float) -> tuple[float, float]:
-    """One step along the sum of the ranks' gradients. Its norm before clipping, and
-    |change| / |weights| measured on the first 4,096 entries of each tensor."""
+    """One optimiser step on the sum of the ranks' gradients. Returns its norm before
+    clipping, and |change| / |weights| over the first 4,096 entries of each tensor."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
@@ -1267,7 +1273,7 @@ def optimizer_step(model, optimizer, max_grad_norm: float) -> tuple[float, float
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate from c right in n samples (Chen et al. 2021, equation 1)."""
+    """Unbiased pass@k from n samples of which c are right (Chen et al. 2021, eq. 1)."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -1350,7 +1356,7 @@ def open_run(args: Args, step: int, prompts_hash: int | None = None) -> None:
 
 
 def write_logs(args: Args, metrics: dict, sample: dict) -> None:
-    """A line of metrics.jsonl and of samples.jsonl; wandb may fail, training not."""
+    """Append to metrics.jsonl and samples.jsonl. If wandb fails, training goes on."""
     if RANK > 0:
         return
     with blame(f"cannot write in {args.run_dir}"):
@@ -1372,7 +1378,7 @@ def write_logs(args: Args, metrics: dict, sample: dict) -> None:
 
 
 def save_checkpoint(run_dir: Path, step: int, model, tokenizer, optimizer) -> None:
-    """checkpoint/ of the run, written beside, then renamed: one is always whole."""
+    """Write checkpoint/ under a new name, then rename: one is complete at all times."""
     new, last, old = (run_dir / f"checkpoint{x}" for x in (".new", "", ".old"))
     try:
         with blame(f"cannot save step {step} in {run_dir} (the last save is whole)"):
@@ -1413,7 +1419,7 @@ def draw_curve(run_dir: Path) -> None:
 
 
 def read_flags(default: Args | None = None) -> Args:
-    """The command line; a wrong flag is one line instead of tyro's box."""
+    """Parse the command line; a wrong flag gives one line instead of tyro's box."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -1426,7 +1432,7 @@ def read_flags(default: Args | None = None) -> Args:
 
 
 def check(args: Args) -> None:
-    """Refuse flags that cannot be, and fill in --dtype, --learning-rate."""
+    """Reject invalid flags, and fill in --dtype and --learning-rate."""
     may_be_0 = ["seed", "warmup_steps", "lora_rank", "kl_coef", "clip_low", "clip_high"]
     may_be_0 += ["prefixes_per_problem", "prefix_low", "plain_share"]
     may_be_0 += ["sft_epochs", "max_flops"]
@@ -1467,7 +1473,7 @@ def check(args: Args) -> None:
 
 
 def parse_args() -> Args:
-    """The flags, checked and completed; those of the run itself if one is resumed."""
+    """The flags, checked and completed; a resumed run keeps its saved ones."""
     args = read_flags()
     if args.resume:
         last, old = (Path(args.resume, f"checkpoint{x}") for x in ("", ".old"))
@@ -1499,7 +1505,7 @@ def parse_args() -> Args:
 
 
 def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, float]:
-    """What the metrics say of a rollout (means over the ranks), of time and memory."""
+    """Metrics of a rollout (means over the ranks), of time and of memory."""
     groups = rollout.rewards.view(-1, args.group_size)
     dead = (groups.amax(-1) == groups.amin(-1)).float()
     lengths = rollout.completion_mask.sum(-1)
@@ -1518,7 +1524,7 @@ def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, floa
 
 
 def begin(model, tokenizer, hard, traces, tests, reward, args) -> dict:
-    """Imitation if asked for, and the first evaluation."""
+    """The first evaluation; then imitation, if asked for, and another evaluation."""
     everything = tests, hard, traces, reward, args
     metrics = evaluate_all(model, tokenizer, *everything) | {"flops_sft": 0}
     if args.sft_epochs:
@@ -1601,7 +1607,7 @@ def train(args: Args) -> int:
         reference = load_model(name, args)[0].requires_grad_(False)
     longest = model.config.max_position_embeddings - args.max_new_tokens
     tests = encode_prompts(tokenizer, held_out, longest), held_out
-    # phase 1 takes prompts that leave room for a trace of its own
+    # phase 1 needs prompts with room for a trace and a completion
     prompts = encode_prompts(tokenizer, problems, longest - args.max_new_tokens)
     if RANK == 0:
         tqdm.write(f"first prompt: {tokenizer.decode(prompts[0])!r}")
@@ -1647,7 +1653,7 @@ def train(args: Args) -> int:
     stops = []
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
         signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
-    if RANK == 0:  # what ends before leaves no folder; the same command goes on
+    if RANK == 0:  # an earlier end leaves no folder; the same command continues it
         open_run(args, step, known)
     if RANK == 0 and not args.resume:
         lines = "".join(f"{json.dumps(record)}\n" for record in found)

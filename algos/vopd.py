@@ -3,19 +3,19 @@
 Paper: "KL for a KL: On-Policy Distillation with Control Variate Baseline" (arXiv
 2605.07865; official code: holi-lab/vOPD).
 
-The student p writes completions, the teacher q says how likely it finds each token, and
-the student moves towards it: no rewards, no answers. The reverse KL of every state it
-comes through is minimised by policy gradients. For completions y ~ p of a prompt, and
-c_t: the prompt and the tokens before y_t,
+The student p samples completions, the teacher q says how likely each token is to it,
+and the student moves towards the teacher: no rewards, no answers. Policy gradients
+minimise the reverse KL at every state the student visits. For completions y ~ p of a
+prompt, where c_t is the prompt and the tokens before y_t,
 
     r_t  = log q(y_t | c_t) - log p(y_t | c_t)      a reward for each token
     V_t  = E_{y ~ p}[r] = -KL(p(. | c_t) || q(. | c_t))
     loss = -1/Z sum_t a_t log p(y_t | c_t)          a_t detached, Z: completion tokens
 
-The value of a state needs no network: it is the KL, which the two forward passes hold
-already. Whatever does not depend on the action may be subtracted, so a_t = r_t - V_t
-has the same expected gradient as r_t, and less noise in most states (not in all: -KL is
-not the best baseline there is).
+The value of a state needs no network: it is -KL, which the two forward passes already
+give. Whatever does not depend on the action may be subtracted, so a_t = r_t - V_t has
+the same expected gradient as r_t, and less noise in most states (not in all: -KL is not
+the best possible baseline).
 
     --estimator sampled    a = r                                        unbiased, noisy
                 vopd       a = r + KL(p || q)                           unbiased
@@ -25,16 +25,16 @@ not the best baseline there is).
                 topk       the KL of vopd-topk is differentiated        biased
                 clip       a = max(r, log(lam) / (1 - lam))             biased
 
-Unbiased: for the gradient of the KL of each state, the states held as they are (no
-token is credited for what comes after it), and only while the data are on-policy: one
-update on each batch.
+Unbiased: as an estimate of the gradient of the KL at each state, with the states held
+fixed (no token gets credit for what comes after it), and only on on-policy data: one
+update per batch.
 
-Differences. All weights are trained, LoRA's only with --lora-rank. The learning rate
+Differences. All weights are trained unless --lora-rank is given. The learning rate
 falls as 1 / (1 + step / --decay-steps), not as a cosine: a longer run continues a
-shorter one. The paper's temperature divides both models' logits: for it, give
---teacher-temperature the value of --temperature. --clip-lambda .1 is a choice of ours.
-Vocabulary rows beyond the last token of the tokenizer (padding) are cut off both
-models, so that no probability lies there; the saved student is without them.
+shorter one. The paper divides both models' logits by one temperature: for that, set
+--teacher-temperature to the value of --temperature. --clip-lambda .1 is our choice.
+Vocabulary rows beyond the tokenizer's last token (padding) are cut off both models, so
+that they get no probability; the saved student does not have them.
 
     python algos/vopd.py
     python algos/vopd.py --model Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B \
@@ -82,7 +82,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 OWN = ("CURVE", "to_problem", "update", "evaluate", "check", "describe")  # names whose
-# text may differ from that in the other scripts
+# code may differ from their namesakes in other scripts
 CURVE = "eval/pass@.*|eval/reverse_kl"  # metrics that curve.png shows
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -94,30 +94,30 @@ ESTIMATORS = "vopd", "vopd-topk", "sampled", "full", "topk", "clip"
 
 @dataclasses.dataclass
 class Args:
-    seed: int = 1  # of the data order, the sampling and the built-in models
-    steps: int = 360  # batches in the whole run, those before a --resume included
+    seed: int = 1  # for the problems, their order, the sampling and the built-in models
+    steps: int = 360  # batches in the whole run, including those before a --resume
     run_dir: str = ""  # folder of the run (default: runs/vopd/<time>-s<seed>)
-    resume: str = ""  # folder of a run to continue, under its own flags
+    resume: str = ""  # folder of a run to continue; its saved flags apply
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products
     model: str = "tiny"  # student: tiny (built in), a local folder or a hub name
-    tiny_steps: int = 500  # batches of 64 worked answers that tiny starts from
+    tiny_steps: int = 500  # warm-start steps of tiny, on 64 worked answers each
     teacher: str = ""  # a folder or a hub name (default for a tiny student: built in)
-    teacher_steps: int = 1500  # batches of 64 on which the built-in one is trained
-    task: str = "countdown"  # countdown, countdown-4 (numbers), ... or a task.py
-    data: str = ""  # JSONL file of {"prompt": ...}, perhaps "answer", instead of --task
+    teacher_steps: int = 1500  # training steps of the built-in teacher, on 64 answers
+    task: str = "countdown"  # countdown, countdown-4 (four numbers), ... or a task.py
+    data: str = ""  # JSONL file of {"prompt": ...} (answer optional), not with --task
     eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)
-    estimator: Literal[ESTIMATORS] = "vopd"  # KL's gradient; topk and clip are biased
+    estimator: Literal[ESTIMATORS] = "vopd"  # of KL's gradient; topk, clip: biased
     top_k: int = 100  # tokens in the KL of vopd-topk and topk (at most V)
     clip_lambda: float = 0.1  # lam of clip, between 0 and 1
     prompts_per_step: int = 256  # prompts in a batch, over all ranks
     group_size: int = 1  # completions of each prompt
     max_new_tokens: int = 24  # length at which a completion is cut off
-    temperature: float = 1.0  # of sampling, and inside every log-prob of the student
+    temperature: float = 1.0  # for sampling, and for every log-prob of the student
     teacher_temperature: float = 1.0  # divides the teacher's logits
-    learning_rate: float | None = None  # at first; default: 1e-3 for tiny, else 1e-5
+    learning_rate: float | None = None  # initial; default: 1e-3 for tiny, else 1e-5
     warmup_steps: int = 10  # steps over which the learning rate rises
-    decay_steps: int = 100  # after n times as many it is 1 / (1 + n) of the first
+    decay_steps: int = 100  # after n x this, the rate is 1 / (1 + n) of its start
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     micro_batch_size: int = 64  # completions in one forward and backward pass
     rollout_batch_size: int = 512  # completions decoded side by side
@@ -126,21 +126,21 @@ class Args:
     mask_truncated: bool = False  # leave cut-off completions out of the loss
     eval_every: int = 100  # steps between evaluations
     eval_prompts: int = 128  # held-out problems in an evaluation
-    eval_samples: int = 8  # completions of each of them
+    eval_samples: int = 8  # completions per evaluation problem
     save_every: int = 50  # steps between checkpoints
     track: bool = False  # mirror the metrics to Weights & Biases
-    wandb_project: str = "onefile-rl"  # project there
+    wandb_project: str = "onefile-rl"  # Weights & Biases project
 
 
 def fail(message: str) -> NoReturn:
-    """Stop with one line about what the user can put right, exit code 2."""
+    """Exit with code 2 and one line that says what the user has to fix."""
     tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
 @contextlib.contextmanager
 def blame(what: str) -> Iterator[None]:
-    """Turn an exception inside into one line: `what` went wrong, and why."""
+    """Turn an exception in the block into one line: what went wrong, and why."""
     try:
         yield
     except Exception as e:
@@ -186,7 +186,7 @@ def countdown_problems(split: str, seed: int, size: int) -> Iterator[Problem]:
 
 
 def countdown_reward(problem: Problem, completion: str) -> float:
-    """1.0 for right steps that use every number once and reach the target, else 0.0."""
+    """1.0 if all steps are right, use each number once and reach the target, else 0."""
     given, target = problem.answer
     pool = list(given)
     for step in completion[: 20 * len(given)].split(";"):
@@ -217,14 +217,14 @@ def answer_reward(problem: Problem, completion: str) -> float:
 
 
 def to_problem(item: Problem | dict) -> Problem:
-    """A line of --data, or what a task.py yields, as a Problem; an answer may lack."""
+    """A line of --data, or what a task.py yields, as a Problem; answer optional."""
     if not isinstance(item, Problem):
         item = Problem(item["prompt"], item.get("answer"), item.get("solution"))
     return item._replace(solution="" if item.solution is None else str(item.solution))
 
 
 def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
-    """Problems to train on, held-out ones (none in both), reward(problem, text)."""
+    """Training problems, held-out problems (no overlap), reward(problem, text)."""
     where, splits = args.data or args.task, ("train", "eval")
     files, (name, _, size) = [where, where], args.task.partition("-")
     if args.data:
@@ -274,7 +274,7 @@ def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
 
 
 def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.Tensor:
-    """Rewards (B,) float32; an error or a non-number names its sample and stops."""
+    """Rewards (B,) float32. A failed or non-finite one stops the run and is named."""
     rewards = []
     for i, (problem, text) in enumerate(zip(problems, texts)):
         asked = f"prompt {str(problem.prompt)[:60]!r}, completion {text!r}"
@@ -286,7 +286,7 @@ def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.
 
 
 def hash_prompts(problems: list[Problem], args: Args) -> int:
-    """Of all prompts: they must be those of the other ranks and of the run's start."""
+    """Hash of all prompts, which must be equal on all ranks and after a --resume."""
     text = str([problem.prompt for problem in problems]).encode()
     known = saved = int(hashlib.sha256(text).hexdigest()[:15], 16)
     ends = all_reduce(torch.tensor([known, -known], device=args.device), "MAX")
@@ -302,8 +302,8 @@ def hash_prompts(problems: list[Problem], args: Args) -> int:
 
 
 def warm_start(problems: list[Problem], seed: int, steps: int, width: int) -> tuple:
-    """A Qwen3 (width 128: 0.8 M parameters), one token a character, trained on batches
-    of 64 worked answers; and its tokenizer."""
+    """A Qwen3 with one token per character (width 128: 0.8 M parameters), trained on
+    batches of 64 worked answers, and its tokenizer."""
     special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     characters = [*special.values(), "\n", *map(chr, range(32, 127))]
     vocabulary = {character: i for i, character in enumerate(characters)}
@@ -336,7 +336,7 @@ def warm_start(problems: list[Problem], seed: int, steps: int, width: int) -> tu
 
 
 def tiny_model(problems: list[Problem], seed: int, steps: int, width=128) -> str:
-    """Folder of the warm-started model, cached under a hash of all that defines it."""
+    """Folder of the warm-started model, cached by a hash of all that defines it."""
     solved = [p for p in problems if isinstance(p.prompt, str) and p.solution]
     if not solved:
         fail("the tiny model needs worked answers to start from: give a --model")
@@ -359,8 +359,8 @@ def tiny_model(problems: list[Problem], seed: int, steps: int, width=128) -> str
 
 
 def load_model(name: str, args: Args) -> tuple:
-    """Model (fp32 weights, no dropout) and tokenizer of a folder, perhaps with LoRA's
-    adapter in place of weights, or of a hub name."""
+    """Model (fp32 weights, no dropout) and tokenizer from a hub name or a local folder,
+    which may hold a LoRA adapter instead of weights."""
     local = os.path.isdir(name)
     with blame(f"cannot load the model {name!r}{'' if local else ' (no folder here)'}"):
         name = base = os.path.abspath(name) if local else name  # adapters refer to it
@@ -403,9 +403,9 @@ def load_model(name: str, args: Args) -> tuple:
 
 
 def load_teacher(problems: list[Problem], args: Args) -> tuple:
-    """The teacher, which never gets gradients (in bf16 if --dtype is), on the CPU, and
-    its tokenizer; for the tiny student a wider model, trained for longer and, if the
-    task is built in, on more problems."""
+    """The teacher, on the CPU, without gradients (in bf16 if --dtype is), and its
+    tokenizer. Without --teacher, a wider model than the tiny student, trained for
+    longer and, if the task is built in, on more problems."""
     name = args.teacher
     if not name:
         for k in () if args.data or args.task.endswith(".py") else (1000, 2000, 3000):
@@ -419,8 +419,8 @@ def load_teacher(problems: list[Problem], args: Args) -> tuple:
 
 
 class SharedTeacher:
-    """A teacher that has the weights of a student with adapters (--lora-rank): in place
-    of a second model those weights, under the teacher's own adapter or under none."""
+    """A teacher that shares the weights of a student with adapters (--lora-rank), not a
+    second model: they are run with the teacher's own adapter or with none."""
 
     def __init__(self, student, adapter: str):  # its folder; "" for none
         self.student, self.adapter = student, adapter
@@ -453,9 +453,10 @@ class SharedTeacher:
 
 
 def same_vocabulary(model, tokenizer, teacher, teacher_tokenizer) -> None:
-    """Refuse a teacher whose ids are other tokens. Rows beyond the last token, which
-    pad a vocabulary, are cut off both models: none can be sampled or has a share. The
-    student ends as the teacher does: another EOS it would be taught never to emit."""
+    """Reject a teacher whose ids stand for other tokens. Rows beyond the last token,
+    which pad a vocabulary, are cut off both models: they cannot be sampled and get no
+    probability. The student takes over the teacher's EOS: it would learn never to emit
+    another one."""
     ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     for token in sorted(ours.keys() | theirs.keys(), key=str) if ours != theirs else ():
         if ours.get(token) != theirs.get(token):
@@ -480,10 +481,10 @@ def same_vocabulary(model, tokenizer, teacher, teacher_tokenizer) -> None:
 
 
 def add_lora(model, args: Args) -> None:
-    """With --lora-rank: freeze the weights (in bf16 if --dtype is), train, beside every
-    linear layer but the head, a product of that rank times two (LoRA, arXiv
-    2106.09685), and only now take the model to the device. The model of a saved adapter
-    goes on with that one."""
+    """With --lora-rank: freeze the weights (in bf16 if --dtype is), add a trainable
+    product of two matrices of that rank, scaled by 2, to every linear layer but the
+    head (LoRA, arXiv 2106.09685), then move the model to the device. A model loaded
+    from an adapter keeps that one."""
     saved = model.peft_config["default"].r if model._hf_peft_config_loaded else 0
     if saved not in (0, args.lora_rank):
         fail(f"{args.model} is an adapter of another rank: --lora-rank {saved}")
@@ -504,12 +505,12 @@ def add_lora(model, args: Args) -> None:
 
 
 def autocast(args: Args) -> torch.autocast:
-    """Matrix products in bf16 if --dtype says so; the weights themselves stay fp32."""
+    """Matrix products in bf16 if --dtype says so; trained weights stay in fp32."""
     return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 def all_reduce(x: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
-    """x summed over torchrun's ranks, in place; x itself in a single process."""
+    """Reduce x over torchrun's ranks, in place; a single process returns x as it is."""
     if WORLD_SIZE > 1:
         dist.all_reduce(x, getattr(dist.ReduceOp, operation))
     return x
@@ -520,7 +521,7 @@ def all_reduce(x: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
 
 @dataclasses.dataclass
 class Rollout:
-    """B completions, the groups of the prompts one after another. T = P + C."""
+    """B completions, group after group: the G of a prompt in a row. T = P + C."""
 
     tokens: torch.Tensor  # (B, T) int64, prompts left-padded, completions right-padded
     attention_mask: torch.Tensor  # (B, T) int64
@@ -537,12 +538,12 @@ def pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
 
 
 def encode_prompts(tokenizer, problems: list[Problem], longest: int) -> list[list[int]]:
-    """Token ids of the prompts: text as it is, messages by the chat template, once."""
+    """Token ids of the prompts: text as it is, messages through the chat template."""
     encoded = []
     for i, (prompt, *_) in enumerate(problems):
         with blame(f"prompt {i} ({str(prompt)[:60]!r}) cannot be used"):
             if isinstance(prompt, str):
-                bare = not prompt.startswith(tokenizer.bos_token or "\0")  # not twice
+                bare = not prompt.startswith(tokenizer.bos_token or "\0")  # one BOS
                 ids = tokenizer(prompt, add_special_tokens=bare)["input_ids"]
             else:
                 ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
@@ -554,34 +555,35 @@ def encode_prompts(tokenizer, problems: list[Problem], longest: int) -> list[lis
 
 
 def uniforms(args: Args, step: int, prompts: int, samples: int) -> torch.Tensor:
-    """Noise (prompts x samples, max_new_tokens) float64 in [0, 1), this rank's share: a
-    function of seed and step alone, whatever ran before and however many ranks run."""
+    """This rank's share of noise (prompts x samples, max_new_tokens), float64 in
+    [0, 1): it depends on seed and step alone, not on earlier steps or on how many ranks
+    there are."""
     shape = prompts, samples, args.max_new_tokens
     noise = np.random.default_rng([args.seed, step]).random(shape)[RANK::WORLD_SIZE]
     return torch.from_numpy(noise).flatten(0, 1)
 
 
 def stop_ids(model, tokenizer) -> list[int]:
-    """Ids that end a completion: the tokenizer's EOS and those of generation_config,
-    where chat models have the end of a turn."""
+    """Ids that end a completion: the tokenizer's EOS and those in generation_config,
+    where chat models list their end-of-turn token."""
     more = model.generation_config.eos_token_id
     more = more if isinstance(more, list) else [more]
     return sorted({tokenizer.eos_token_id, *more} - {None})
 
 
 def completion_mask(completions: torch.Tensor, eos_token_id) -> tuple:
-    """Mask (B, C) float32 up to the first EOS inclusive; truncated (B,) bool: no EOS.
-    eos_token_id: an int, or several as a tensor. Places decide, not the padding's
-    value: pad == eos is fine."""
+    """Mask (B, C) float32: 1 up to and including the first EOS; truncated (B,) bool: no
+    EOS. eos_token_id: an int, or several as a tensor. The mask depends on positions,
+    not on the padding's value: pad == eos is fine."""
     is_eos = torch.isin(completions, eos_token_id)
     return (is_eos.cumsum(-1) - is_eos.long() == 0).float(), ~is_eos.any(-1)
 
 
 class Columns(transformers.cache_utils.DynamicLayer):
-    """Keys and values (B, H, L, D) of a layer, in one place: new ones are written where
-    `end` (1,) points, and the first `width` columns are read."""
+    """Keys and values (B, H, L, D) of a layer, written in place: new ones go to column
+    `end` (1,), and the first `width` columns are read."""
 
-    is_compileable = True  # the mask is made without a look at its values
+    is_compileable = True  # the mask is built without reading its values
 
     def __init__(self, prompts, end: torch.Tensor, dtype: torch.dtype | None):
         super().__init__()
@@ -605,8 +607,8 @@ class Columns(transformers.cache_utils.DynamicLayer):
 
 
 def attend(module, query, key, value, attention_mask, scaling, **_) -> tuple:
-    """sdpa of one query token, (B, H, 1, D), that reads each key (B, H / g, L, D) once:
-    before 5.23 transformers copies it for all the g heads that share it."""
+    """SDPA for one query token (B, H, 1, D) that reads each key (B, H / g, L, D) once:
+    transformers before 5.23 copies it for each of the g heads that share it."""
     groups = query.view(*key.shape[:2], -1, query.shape[-1])
     kwargs = dict(attn_mask=attention_mask, scale=scaling)
     output = F.scaled_dot_product_attention(groups, key, value, **kwargs)
@@ -615,7 +617,7 @@ def attend(module, query, key, value, attention_mask, scaling, **_) -> tuple:
 
 @contextlib.contextmanager
 def one_by_one(model) -> Iterator[None]:
-    """The model's attention is `attend`, if it was sdpa."""
+    """Run the block with `attend` as the model's attention, if that was sdpa."""
     own, masks = model.config._attn_implementation, transformers.AttentionMaskInterface
     if own == "sdpa" and model._can_set_attn_implementation():
         transformers.AttentionInterface.register("attend", attend)
@@ -628,8 +630,8 @@ def one_by_one(model) -> Iterator[None]:
 
 
 def recordable(model) -> bool:
-    """Can the forward pass be a CUDA graph? Not on a CPU, nor where values decide what
-    is done next: most mixtures of experts, some scalings of positions."""
+    """Can the forward pass be one CUDA graph? Not on a CPU, nor if it branches on
+    values of tensors: most mixtures of experts, some RoPE scalings."""
     ropes = str([getattr(module, "rope_type", "") for module in model.modules()])
     blind = "dynamic" not in ropes and "longrope" not in ropes
     blind &= getattr(model.config, "_experts_implementation", "") != "grouped_mm"
@@ -637,7 +639,7 @@ def recordable(model) -> bool:
 
 
 def record(step: Callable) -> Callable:
-    """step as one CUDA graph; it is not carried out yet."""
+    """Capture step as one CUDA graph, without running it; returns its replay."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
@@ -649,14 +651,15 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
     """Completions (B, C) from the plain softmax at a temperature, and log-probs (B, C).
 
     prompts (N, P), left-padded, are read once and shared by their B / N completions.
-    noise (B, C) in [0, 1) is all the randomness there is: the inverse CDF turns it into
-    tokens, so a completion does not depend on its neighbours. No warper of the
-    checkpoint's generation_config takes part. eos_token_id (E,): as in completion_mask;
-    what stands behind the first one means nothing. Finished rows are dropped.
+    noise (B, C) in [0, 1) is the only randomness: the inverse CDF turns it into tokens,
+    so a completion does not depend on the others in its batch. No warper of the
+    checkpoint's generation_config (top_k, penalties) is applied. eos_token_id (E,): as
+    in completion_mask; what follows the first EOS is meaningless. Finished rows are
+    dropped.
 
-    A step reads and writes tensors that stay where they are, so that a GPU can replay
-    it as one CUDA graph: its many small kernels would wait for Python each. New shapes
-    (rows dropped, columns added) need a new graph, recorded after one step without.
+    A step reads and writes tensors in place, so that a GPU can replay it as one CUDA
+    graph instead of launching its many small kernels from Python. New shapes (rows
+    dropped, columns added) need a new graph, recorded after one step without a graph.
     """
     (B, C), (N, P), device = noise.shape, prompts.shape, prompts.device
     exact = torch.float32 if device.type == "mps" else torch.float64
@@ -694,7 +697,7 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
         x.repeat_interleave(B // N, 0) for x in (logits, mask, positions[:, -1:])
     )
     draw(logits)
-    bf16 = torch.is_autocast_enabled(device.type)  # to which attention would round
+    bf16 = torch.is_autocast_enabled(device.type)  # attention would round to it
     dtype = torch.get_autocast_dtype(device.type) if bf16 else None
     cache.layers = [Columns(layer, end, dtype) for layer in cache.layers]
     cache.batch_repeat_interleave(B // N)
@@ -704,7 +707,7 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
             share = running.float().mean().item()
             if share == 0:
                 break
-            if share < (0.5 if graphs else 0.8):  # enough are finished for this to pay
+            if share < (0.5 if graphs else 0.8):  # enough rows are done to pay for it
                 replay = None
                 cache.batch_select_indices(running.nonzero()[:, 0])
                 rows, token, positions, mask, running = (
@@ -730,7 +733,7 @@ def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> R
     group_size, most = len(noise) // len(prompts), args.rollout_batch_size
     ids = pad(prompts, tokenizer.pad_token_id, "left").to(args.device)
     seen = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(args.device)
-    noise = noise.float() if args.device == "mps" else noise  # it has no float64
+    noise = noise.float() if args.device == "mps" else noise  # MPS has no float64
     noise, n = noise.to(args.device), max(1, most // group_size)
     chunks = zip(ids.split(n), seen.split(n), noise.split(n * group_size))
     batches = [(*chunk, part) for *chunk, rows in chunks for part in rows.split(most)]
@@ -754,10 +757,10 @@ def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> R
 
 
 def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
-    """What the head reads to score the last C columns of tokens (B, T): hidden states
-    (n, D), with gradient, and which n of the (B, C) tokens they predict, bool: those
-    that attention_mask (B, T) has. Columns of nothing but padding are cut off. A prompt
-    that neighbouring rows share is read once, but with gradient checkpointing."""
+    """Inputs of the head that score the last C columns of tokens (B, T): hidden states
+    (n, D), with gradient, and a bool (B, C) that marks the n tokens they predict, those
+    where attention_mask (B, T) is 1. All-padding columns are cut off. A prompt shared
+    by consecutive rows is read once, except with gradient checkpointing."""
     scored = attention_mask[:, -completion_length:].bool()
     used = attention_mask.any(0).nonzero()[:, 0]
     start, end = int(used[0]), int(used[-1]) + 1
@@ -766,7 +769,7 @@ def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
     positions, n = (mask.cumsum(-1) - 1).clamp(min=0), end - start - width
     inputs, cache, prompt_hidden = (tokens, mask, positions), None, []
     context = torch.cat([tokens[:, :n], mask[:, :n]], -1)
-    new = (context != context.roll(1, 0)).any(-1)  # is it another than the row's before
+    new = (context != context.roll(1, 0)).any(-1)  # does it differ from the row before
     new[0] = True
     kept = not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if kept and width > 1 and not new.all():
@@ -786,8 +789,8 @@ def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
 
 class Logprobs(torch.autograd.Function):
     """Log-probs (n,), with gradient, of targets (n,), and entropies (n,), from hidden
-    states (n, D) and an output head: weight (V, D), bias (V,) or None. The logits of
-    `chunk` tokens exist at once; the backward pass makes them again."""
+    states (n, D) and an output head: weight (V, D), bias (V,) or None. Logits
+    exist for `chunk` tokens at a time; the backward pass recomputes them."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk):
@@ -814,7 +817,7 @@ class Logprobs(torch.autograd.Function):
         parts = (x.split(chunk) for x in (hidden, targets, grad, grad_hidden))
         for h, y, g, out in zip(*parts):
             h, y, g = h.to(dtype), y[:, None], g[:, None]
-            d = F.linear(h, low, b)  # the logits, and then the gradient in their place
+            d = F.linear(h, low, b)  # the logits, then overwritten by their gradient
             p = d.softmax(-1, dtype=torch.float32)
             torch.mul(p, -g, out=d)
             d.scatter_(-1, y, (g - g * p.gather(-1, y)).to(dtype))
@@ -833,7 +836,7 @@ def token_logprobs(
     model, tokens, attention_mask, completion_length: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs (B, C), with gradient, and entropies (B, C) of the last C columns of
-    tokens (B, T), in nats; 0 where attention_mask (B, T) is. At most about 2^28 bytes
+    tokens (B, T), in nats; 0 where attention_mask (B, T) is 0. At most about 2^28 bytes
     of logits exist at once."""
     head = model.get_output_embeddings()
     hidden, scored = last_hidden(model, tokens, attention_mask, completion_length)
@@ -841,7 +844,7 @@ def token_logprobs(
     size = 2 if torch.is_autocast_enabled(tokens.device.type) else 4  # bytes of a logit
     n = 2**28 // size // head.weight.shape[0] + 1
     targets = tokens[:, -completion_length:][scored]
-    batch = hidden / temperature, head.weight, bias, targets, n  # the logits over T
+    batch = hidden / temperature, head.weight, bias, targets, n  # scales the logits
     zeros = torch.zeros(scored.shape, device=tokens.device)
     return tuple(zeros.masked_scatter(scored, x) for x in Logprobs.apply(*batch))
 
@@ -863,7 +866,7 @@ def reverse_kl(student_logits, teacher_logits, top_k: int = 0) -> torch.Tensor:
         student_logits = student_logits.gather(-1, ids)
         teacher_logits = teacher_logits.gather(-1, ids)
     log_z = student_logits.logsumexp(-1) - teacher_logits.logsumexp(-1)
-    gaps = student_logits - teacher_logits  # log p - log q, before it is normalised
+    gaps = student_logits - teacher_logits  # log p - log q, plus log_z
     return torch.linalg.vecdot(student_logits.softmax(-1), gaps) - log_z
 
 
@@ -872,7 +875,7 @@ def distill_advantages(
     student_logits, teacher_logits, tokens, estimator, top_k=100, clip_lambda=0.1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages a (B, C) and the reverse KL as the estimator sees it (B, C), in nats,
-    both detached (the six of the paper's official code).
+    both detached (the six estimators of the paper's code).
 
     student_logits, teacher_logits (B, C, V), divided by their temperatures; tokens
     (B, C), drawn from the student. ValueError: there is no such estimator.
@@ -918,28 +921,28 @@ def distill_loss(
 
 
 def scaled_logits(head, hidden, temperature: float) -> torch.Tensor:
-    """Logits (n, V) divided by the temperature: by way of hidden (n, D) and the bias,
-    which are smaller."""
+    """Logits (n, V) divided by the temperature: hidden (n, D) and the bias are divided
+    instead, which are smaller."""
     bias = None if head.bias is None else head.bias / temperature
     return F.linear(hidden / temperature, head.weight, bias)
 
 
 def distill(model, teacher, rollout, mask, z, args, most=2**27) -> tuple:
-    """Sums (4,) over the tokens that mask (B, C) has: loss, reverse KL, tokens and
-    |delta log p|, scored against sampled log-probs; and the largest of these. Where
-    gradients are on they are added to the weights'.
+    """Sums (4,) over the tokens in mask (B, C): loss, reverse KL, tokens and the gaps
+    |delta log p| between scored and sampled log-probs; and the largest gap. If
+    gradients are on, they are added to those of the weights.
 
-    Of neither model a (B, C, V) tensor exists: a chunk of `most` / V tokens is done,
-    backward pass included, before the next one is made.
+    No (B, C, V) tensor exists for either model: a chunk of `most` / V tokens is
+    finished, backward pass included, before the next one is made.
     """
     totals, width = torch.zeros(4, device=mask.device), mask.shape[1]
-    z = float(z)  # a tensor would hold up every chunk
+    z = float(z)  # a tensor would be waited for at every chunk
     worst = torch.zeros((), device=mask.device)
     head, teacher_head = (x.get_output_embeddings() for x in (model, teacher))
     T, teacher_T = args.temperature, args.teacher_temperature
     n = most // head.weight.shape[0] + 1
     live = mask.any(-1).nonzero()[:, 0]
-    live = live[mask[live].sum(-1).argsort(stable=True)]  # like lengths side by side
+    live = live[mask[live].sum(-1).argsort(stable=True)]  # similar lengths together
     for rows in live.split(args.micro_batch_size) if len(live) else ():
         tokens = rollout.tokens[rows]
         batch = tokens, rollout.attention_mask[rows], width
@@ -967,9 +970,9 @@ def distill(model, teacher, rollout, mask, z, args, most=2**27) -> tuple:
 
 
 def update(model, teacher, optimizer, rollout, args) -> dict[str, float]:
-    """One optimiser step on one batch, and its statistics. There is no second step: the
-    data would be off-policy, and then no baseline is free of bias."""
-    model.train()  # gradient checkpointing asks for it; there is no dropout
+    """One optimiser step on one batch; returns its statistics. There is no second step:
+    the data would be off-policy, and then no baseline is free of bias."""
+    model.train()  # needed by gradient checkpointing; there is no dropout
     mask = rollout.completion_mask
     if args.mask_truncated:
         mask = mask * ~rollout.truncated[:, None]
@@ -983,8 +986,8 @@ def update(model, teacher, optimizer, rollout, args) -> dict[str, float]:
 
 
 def optimizer_step(model, optimizer, max_grad_norm: float) -> tuple[float, float]:
-    """One step along the sum of the ranks' gradients. Its norm before clipping, and
-    |change| / |weights| measured on the first 4,096 entries of each tensor."""
+    """One optimiser step on the sum of the ranks' gradients. Returns its norm before
+    clipping, and |change| / |weights| over the first 4,096 entries of each tensor."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
@@ -1005,16 +1008,16 @@ def optimizer_step(model, optimizer, max_grad_norm: float) -> tuple[float, float
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate from c right in n samples (Chen et al. 2021, equation 1)."""
+    """Unbiased pass@k from n samples of which c are right (Chen et al. 2021, eq. 1)."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def evaluate(
     model, teacher, tokenizer, prompts, problems, reward, args
 ) -> dict[str, float]:
-    """Reverse KL per token of n = eval_samples completions of each held-out problem,
-    over the whole vocabulary; pass@1, pass@n (right: a reward of 1 or more) and mean
-    reward if there is one. Shared by the ranks; always the same noise."""
+    """Reverse KL per token, over the whole vocabulary, of n = eval_samples completions
+    of each held-out problem; if there is a reward, its mean, pass@1 and pass@n (right:
+    a reward of 1 or more). The ranks split the problems; always the same noise."""
     n, mine = args.eval_samples, slice(RANK, None, WORLD_SIZE)
     noise = uniforms(args, 0, len(problems), n)
     rollout = generate(model, tokenizer, prompts[mine], noise, args)
@@ -1059,7 +1062,7 @@ def open_run(args: Args, step: int, prompts_hash: int | None = None) -> None:
 
 
 def write_logs(args: Args, metrics: dict, sample: dict) -> None:
-    """A line of metrics.jsonl and of samples.jsonl; wandb may fail, training not."""
+    """Append to metrics.jsonl and samples.jsonl. If wandb fails, training goes on."""
     if RANK > 0:
         return
     with blame(f"cannot write in {args.run_dir}"):
@@ -1081,7 +1084,7 @@ def write_logs(args: Args, metrics: dict, sample: dict) -> None:
 
 
 def save_checkpoint(run_dir: Path, step: int, model, tokenizer, optimizer) -> None:
-    """checkpoint/ of the run, written beside, then renamed: one is always whole."""
+    """Write checkpoint/ under a new name, then rename: one is complete at all times."""
     new, last, old = (run_dir / f"checkpoint{x}" for x in (".new", "", ".old"))
     try:
         with blame(f"cannot save step {step} in {run_dir} (the last save is whole)"):
@@ -1122,7 +1125,7 @@ def draw_curve(run_dir: Path) -> None:
 
 
 def read_flags(default: Args | None = None) -> Args:
-    """The command line; a wrong flag is one line instead of tyro's box."""
+    """Parse the command line; a wrong flag gives one line instead of tyro's box."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -1135,7 +1138,7 @@ def read_flags(default: Args | None = None) -> Args:
 
 
 def check(args: Args) -> None:
-    """Refuse flags that cannot be, and fill in --dtype, --learning-rate."""
+    """Reject invalid flags, and fill in --dtype and --learning-rate."""
     may_be_0 = "seed", "warmup_steps", "lora_rank"
     for name, value in vars(args).items():
         number, zero = type(value) in (int, float), value == 0 and name in may_be_0
@@ -1157,7 +1160,7 @@ def check(args: Args) -> None:
 
 
 def parse_args() -> Args:
-    """The flags, checked and completed; those of the run itself if one is resumed."""
+    """The flags, checked and completed; a resumed run keeps its saved ones."""
     args = read_flags()
     if args.resume:
         last, old = (Path(args.resume, f"checkpoint{x}") for x in ("", ".old"))
@@ -1189,7 +1192,7 @@ def parse_args() -> Args:
 
 
 def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, float]:
-    """What the metrics say of a rollout (means over the ranks), of time and memory."""
+    """Metrics of a rollout (means over the ranks), of time and of memory."""
     lengths = rollout.completion_mask.sum(-1)
     means = rollout.rewards, rollout.truncated.float(), lengths
     means = all_reduce(torch.stack([x.mean() for x in means])) / WORLD_SIZE
@@ -1261,7 +1264,7 @@ def train(args: Args) -> int:
         noise = uniforms(args, step, n, group_size)
         rollout = generate(model, tokenizer, [prompts[i] for i in batch], noise, args)
         clock.append(time.perf_counter())
-        if reward:  # to be reported, nothing else
+        if reward:  # for the logs only
             posed = [problems[i] for i in batch for _ in range(group_size)]
             rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
         clock.append(time.perf_counter())

@@ -63,10 +63,10 @@ FINDINGS = {  # (claim, the verdict that makes it true, sentence)
          "four lower pass@8."),
     ],
     "vopd": [
-        ("vOPD: the baseline ends at a lower reverse KL than none", "replicated",
-         "The baseline ends closer to the teacher than none,"),
+        ("vOPD: the baseline ends at a lower reverse KL than no baseline", "replicated",
+         "The baseline ends closer to the teacher than no baseline,"),
         ("vOPD: a top-k baseline costs less than 0.02 of reverse KL", "replicated",
-         "a top-k one as close;"),
+         "and a top-k one as close;"),
         ("vOPD: its reverse KL is less than 0.02 above the full estimator's",
          "not replicated", "the full-vocabulary KL stays ahead of it."),
     ],
@@ -76,11 +76,11 @@ FINDINGS = {  # (claim, the verdict that makes it true, sentence)
         ("PrefixRL: solves more than off-policy RL at equal FLOPs", "replicated",
          "off-policy RL,"),
         ("PrefixRL: solves more than SFT, then RL, at equal FLOPs", "not replicated",
-         "but behind imitation of the same traces with RL after it."),
+         "but behind imitation of the same traces followed by RL."),
     ],
     "dmpo": [
         ("DMPO: the quality ratio is above GRPO's", "not replicated",
-         "At the paper's lambda nearly GRPO: no better answers,"),
+         "At the paper's lambda it is nearly GRPO: no better answers,"),
         ("DMPO: more distinct feasible answers among 16 than with GRPO",
          "not replicated", "hardly more distinct ones."),
     ],
@@ -89,19 +89,19 @@ FINDINGS = {  # (claim, the verdict that makes it true, sentence)
          "replicated", "On Breakout more environments end higher up to 1,024 (a cut "
          "made after the runs were seen),"),
         ("1M environments: with the recipe, more of them end higher", "not replicated",
-         "beyond that not at equal transitions."),
+         "but not beyond that at equal transitions."),
     ],
 }  # fmt: skip
 NOT_YET = "not measured yet"
 PACKAGES = "torch", "transformers"
 ABOUT_GPU = (
-    "random weights in Qwen3's shapes, {new_tokens} new tokens, where nothing else is "
+    "random weights in Qwen3's shapes, {new_tokens} new tokens if nothing else is "
     "said; a step: {prompts} x 8 completions of {step_tokens} tokens in micro-batches "
     "of 16; loss and backward pass: {scored:,} tokens, V = {vocab:,}, against the same "
     "from whole logits. Other lengths: one token in 128 ends. The scripts keep weights "
     "in fp32 and multiply in bf16; transformers' own had them in bf16. GB: 2^30 bytes. "
-    "Sampled log-probs (bf16) are {mean:.4f} from scored ones in the mean, {max:.4f} "
-    "at most. torch {torch}, transformers {transformers}."
+    "Sampled log-probs (bf16) differ from scored ones by {mean:.4f} on average and "
+    "{max:.4f} at most. torch {torch}, transformers {transformers}."
 )
 ENV_COLUMNS = ["environments", "rollout, steps", "environments alone, steps/s"]
 ENV_COLUMNS += ["and policy", "everything"]
@@ -322,8 +322,8 @@ def prefix_gradients(found: dict) -> tuple:
     )
     intro += f"{seeds} seeds; IQM over seeds [95 %]. SNR: |E g|^2 over the variance of "
     intro += "one batch's gradient, none where no group is live; live groups: those "
-    intro += "whose rewards differ. |E g|^2 is estimated, and 0 where the estimate is "
-    intro += "below. The gradients' norm and std are in the file. "
+    intro += "whose rewards differ. The estimate of |E g|^2 is raised to 0 where it "
+    intro += "is negative. The gradients' norm and std are in the file. "
     intro += f"{made_with(found)}."
     return (
         intro,
@@ -356,8 +356,8 @@ def combination_lock(found: dict) -> tuple:
             cells = band, str(len(gains)), f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]"
             judged.append([f"PrefixRL: {text}", *cells, word])
     intro = f"{len(pairs)} seeds, {found['seconds']:.0f} s in all, numpy "
-    intro += f"{found['numpy']}: the chance to open a lock without a prefix, and to "
-    intro += "set those wheels right that every prefix has set already; IQM [95 %]."
+    intro += f"{found['numpy']}: the chance of opening a lock without a prefix, and "
+    intro += "of setting right the wheels that every prefix already sets; IQM [95 %]."
     columns = ["policy", "prefixes", "opened, before", "after", "first wheels, before"]
     names = ["claim, of the first wheels", "prefixes", "seeds", "gain [95 %]"]
     return intro, [*columns, "after"], rows, [*names, "verdict"], judged
@@ -393,12 +393,12 @@ def env_speed(found: dict) -> tuple[str, list, list, list, list]:
     intro += f"before and {found['load after']:.1f} after. The peers' rollouts are of "
     intro += f"{found['rollout_length']} steps, and ours beside them; each takes turns "
     intro += "with ours. Ours and JAX are compiled, the peers in torch are not; the "
-    intro += "ten seconds that compiling takes are not in this. JAX is a jitted PPO in "
+    intro += "ten seconds of compilation are not included. JAX is a jitted PPO in "
     intro += "the manner of PureJaxRL and the gymnasium loop one in the manner of "
     intro += "CleanRL, both written for this comparison; PufferLib's trainer steps "
     intro += "gymnasium's CartPole here, not its own environments in C."
     peers = ["everything, beside", "environments", "ours, steps/s", "peer"]
-    peers += ["ours / peer (over rounds)", "the same of processor time"]
+    peers += ["ours / peer (over rounds)", "the same in CPU time"]
     peers.append("ours, not compiled / peer")
     return intro, ENV_COLUMNS, own, peers, rows
 
@@ -469,7 +469,7 @@ def gpu(found: dict) -> tuple:
         intro,
         ["Qwen3-0.6B, sampled by", "sequences", "tokens/s", "peak, GB"],
         sampled,
-        ["model", "a step of", "rollout, s", "update, s", "peak, GB", "it went well"],
+        ["model", "a step of", "rollout, s", "update, s", "peak, GB", "passed"],
         steps,
         ["a GPU of", "model", "flags, with `--max-new-tokens 512`", "used / held, GB"],
         cards,

@@ -104,7 +104,7 @@ MEANING = {  # of the metrics in the tables; eval/: of held-out problems
     "samples/wrong_length": "mean length of the logged wrong answers, in characters",
     "reverse_kl": "nats per token, from the student to the teacher",
     "sr": "share of the answers that are feasible",
-    "qr": "mean quality of an answer as a share of the best there is, 0 if infeasible",
+    "qr": "mean quality of an answer relative to the optimum, 0 if infeasible",
     "qr@k": "the same of the best of k answers",
     "entropy": "nats per token",
     "distinct_feasible": "different feasible answers among 16 to a problem",
@@ -113,18 +113,18 @@ MEANING = {  # of the metrics in the tables; eval/: of held-out problems
     "dm_coefficient": "the same of lambda times the distribution matching term",
     "flops": "of the whole run, the sampling of traces included",
     "hard_pass@k": "pass@k of the hard problems trained on, without a prefix",
-    "episode_return": "mean over the evaluation episodes, most likely actions",
+    "episode_return": "mean over the evaluation episodes (most likely actions)",
     "ddr": "transitions of a batch per nat of KL(behaviour || updated)",
     "kl": "that KL in nats, of the last batch",
     "proximal_age": "mean age of the proximal policy in gradient steps",
 }
 NOTE = """Interval: 95 % percentile bootstrap of the interquartile mean (IQM) over
 seeds, 10,000 resamples. The strata of a stratified bootstrap are tasks: with one task
-there is one stratum, and it is the plain bootstrap. On normal data it holds the true
-value in 89 % of cases with 5 seeds and in 93 % with 10 (4,000 simulated samples), and
-nothing corrects for the number of claims. A - B: IQM of the differences seed by seed;
+there is one stratum, and it is the plain bootstrap. On normal data it covers the true
+value in 89 % of cases with 5 seeds and in 93 % with 10 (4,000 simulated samples).
+Nothing corrects for the number of claims. A - B: IQM of the differences seed by seed;
 at every evaluation: the largest of them, and an interval that spans all of theirs.
-P: the probability that a run of A is on the claimed side of one of B (for "equal":
+P: the probability that a run of A is on the claimed side of a run of B (for "equal":
 above it; Mann-Whitney U / n^2). For a rank correlation A - B is the IQM of Spearman's
 rho over seeds, P the share of seeds where it is above 0. The verdicts are computed by
 the rules at the top of benchmarks/claims.py; "not measured": no seed has run both
