@@ -435,10 +435,11 @@ ROOT_RATE = (
 )
 DDR = (
     "At equal transitions DDR is highest where the runs are short of outer steps "
-    "(16,384 environments), and high where a policy has nearly stopped to change (16 "
-    "environments in some seeds), so it does not order these ends. Tried: up to 1,024 "
-    "environments alone, a cut that was made after the runs were seen: there it is "
-    "inconclusive, for the recipe's runs and for all."
+    "(16,384 environments), and high where a policy has nearly stopped changing (16 "
+    "environments in some seeds), so it does not order the ends of all these runs, and "
+    "of the recipe's alone it is inconclusive. Tried: up to 1,024 environments alone, "
+    "a cut that was made after the runs were seen: there it is inconclusive, for the "
+    "recipe's runs and for all."
 )
 ANCHOR = (
     "At 64 environments an average over 16, 64 or 256 gradient steps from the start "
