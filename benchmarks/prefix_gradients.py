@@ -4,9 +4,10 @@
 
 Policies: of each seed the tiny base model (step 0), and what a default run of the
 script has made of it after some steps. At each of them, for every kind of batch below,
---batches batches of 32 groups of 8 are drawn, and each goes through the script's own
-`update` (Z is that of the batch, as there), of which the gradient is kept and no step
-is taken. With g_k the gradient on batch k, all weights as one vector, K batches:
+--batches batches of 32 groups of 8 are drawn, independent of one another, and each goes
+through the script's own `update` (Z is that of the batch, as there), of which the
+gradient is kept and no step is taken. With g_k the gradient on batch k, all weights as
+one vector, K batches:
 
     live      share of groups with a reward that is not all equal: the others have none
     norm      mean |g_k|
@@ -51,8 +52,9 @@ def gradients(prefixrl, model, tokenizer, hard, traces, reward, kind, args, batc
     args.plain_share, args.max_grad_norm = float(kind.startswith("plain")), 1e30
     prefixed = prefixrl.cut_prefixes(traces, tokenizer.eos_token_id, args)
     plain, keep = [(i, []) for i in range(len(hard[0]))], Keep(model.parameters(), 0.0)
-    rows, live = [], []
-    for step in range(10**6, 10**6 + batches):  # noise that no run has seen
+    pool, rows, live = plain if kind.startswith("plain") else prefixed, [], []
+    for k in range(10**4, 10**4 + batches):  # noise that no run has seen
+        step = 1 + k * len(pool)  # the first of an epoch: no batch depends on another
         batch = prefixrl.draw_batch(prefixed, plain, step, args)
         around = batch, hard, traces, reward, step, args
         metrics, _ = prefixrl.practice(model, None, tokenizer, keep, *around)
