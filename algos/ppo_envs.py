@@ -47,6 +47,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import io
 import itertools
 import json
@@ -120,6 +121,24 @@ def fail(message: str) -> NoReturn:
     """Exit with code 2 and one line that says what the user has to fix."""
     tqdm.write(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def outlive_pipes() -> None:
+    """Go on in silence when the reader of stdout or stderr is gone: in `2>&1 | tee log`
+    tee dies of the same Ctrl-C that lets a run finish its step and save."""
+
+    def guarded(stream, call: Callable) -> Callable:
+        def guard(*text):
+            try:
+                return call(*text)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+        return guard
+
+    for stream in sys.stdout, sys.stderr:
+        stream.write = guarded(stream, stream.write)
+        stream.flush = guarded(stream, stream.flush)
 
 
 @contextlib.contextmanager
@@ -793,11 +812,25 @@ def evaluate(agent: Agent, env: TensorEnv | OtherEnv, args: Args) -> dict[str, f
 # ----------------------------------- Run folder ---------------------------------------
 
 
-def open_run(args: Args, step: int) -> None:
-    """Make the folder of a new run, or cut the logs of a resumed one after `step`."""
+def lock(run_dir: Path):
+    """A file that no other process can lock while it is open here."""
+    file = (run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another process is at work in {run_dir}: wait for its end, or stop it")
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def open_run(args: Args, step: int):
+    """Make the folder of a new run, or cut the logs of a resumed one after `step`.
+    Returns its lock."""
     run_dir, here = Path(args.run_dir), Path(__file__).parent
     with blame(f"cannot open the run folder {run_dir}"):
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        locked = lock(run_dir)
         for log in run_dir.glob("*.jsonl"):
             lines = [x for x in log.read_text().splitlines(True) if x.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
@@ -811,6 +844,7 @@ def open_run(args: Args, step: int) -> None:
         about |= {"hardware": f"{os.cpu_count()} CPU cores, {gpu}", "args": vars(args)}
         (run_dir / "args.new").write_text(json.dumps(about, indent=1))
         (run_dir / "args.new").replace(run_dir / "args.json")
+    return locked
 
 
 def write_logs(args: Args, metrics: dict, sample: dict) -> None:
@@ -841,7 +875,8 @@ def save_checkpoint(run_dir: Path, state: dict) -> None:
     try:
         step = state["step"]
         with blame(f"cannot save step {step} in {run_dir} (the last save is whole)"):
-            new.mkdir(exist_ok=True)
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
             torch.save(state, new / "state.pt")
             for path in [*new.iterdir(), new]:
                 descriptor = os.open(path, os.O_RDONLY)
@@ -864,9 +899,11 @@ def draw_curve(run_dir: Path) -> None:
         points = [(r["transitions"], r[name]) for r in records if name in r]
         if points:  # an episode has ended
             axes.plot(*zip(*points), style, markersize=4, label=name)
-    axes.set(xlabel="transitions", ylabel="return", title=run_dir.name)
+    title = run_dir.name.replace("$", r"\$")
+    axes.set(xlabel="transitions", ylabel="return", title=title)
     axes.legend()
-    axes.figure.savefig(run_dir / "curve.png", dpi=120)
+    with blame(f"cannot draw {run_dir}/curve.png"):
+        axes.figure.savefig(run_dir / "curve.png", dpi=120)
 
 
 # -------------------------------------- Main ------------------------------------------
@@ -933,6 +970,8 @@ def parse_args() -> Args:
                 with contextlib.suppress(FileNotFoundError):  # another rank was first
                     old.rename(last)
             saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
+            if saved.keys() != vars(args).keys():
+                raise ValueError("it is of another script or version, with other flags")
             saved = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
             done = torch.load(last / "state.pt", "cpu", weights_only=True)["step"]
         args, free = read_flags(saved), ("steps", "save_every", "track")
@@ -949,7 +988,9 @@ def parse_args() -> Args:
         args.device = found[0]
     if args.device not in found:
         fail(f"there is no {args.device} here: use --device cpu")
-    if Path(args.run_dir).exists() and not args.resume:
+    with blame("the --run-dir cannot be used"):
+        exists = Path(args.run_dir).exists()
+    if exists and not args.resume:
         fail(f"{args.run_dir} exists: give another --run-dir, or --resume it")
     check(args)
     return args
@@ -977,7 +1018,7 @@ def train(args: Args) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
         signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
     if RANK == 0:
-        open_run(args, step)
+        _lock = open_run(args, step)  # until this function returns
     metrics = {"step": step, "transitions": 0}
     if step == 0:
         metrics |= evaluate(agent, test_env, args)
@@ -1023,7 +1064,8 @@ def train(args: Args) -> int:
                 save_checkpoint(run_dir, state)
                 draw_curve(run_dir)
         if stop:
-            print(f"stopped after step {step}; to go on: --resume {run_dir}")
+            if RANK == 0:
+                print(f"stopped after step {step}; to go on: --resume {run_dir}")
             return 130
     if RANK == 0:
         logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
@@ -1035,6 +1077,7 @@ def train(args: Args) -> int:
 
 def main() -> None:
     """The run that the command line asks for."""
+    outlive_pipes()
     args = parse_args()
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")

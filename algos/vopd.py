@@ -50,6 +50,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import inspect
 import io
@@ -138,6 +139,24 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def outlive_pipes() -> None:
+    """Go on in silence when the reader of stdout or stderr is gone: in `2>&1 | tee log`
+    tee dies of the same Ctrl-C that lets a run finish its step and save."""
+
+    def guarded(stream, call: Callable) -> Callable:
+        def guard(*text):
+            try:
+                return call(*text)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+        return guard
+
+    for stream in sys.stdout, sys.stderr:
+        stream.write = guarded(stream, stream.write)
+        stream.flush = guarded(stream, stream.flush)
+
+
 @contextlib.contextmanager
 def blame(what: str) -> Iterator[None]:
     """Turn an exception in the block into one line: what went wrong, and why."""
@@ -220,7 +239,9 @@ def to_problem(item: Problem | dict) -> Problem:
     """A line of --data, or what a task.py yields, as a Problem; answer optional."""
     if not isinstance(item, Problem):
         item = Problem(item["prompt"], item.get("answer"), item.get("solution"))
-    return item._replace(solution="" if item.solution is None else str(item.solution))
+    item = item._replace(solution="" if item.solution is None else str(item.solution))
+    f"{item.prompt}{item.solution}".encode()  # half a character is an error
+    return item
 
 
 def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
@@ -231,7 +252,7 @@ def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
         files, sources = [args.data, args.eval_data or args.data], []
         for file in files:
             with blame(f"cannot read {file}"):
-                sources.append(list(Path(file).open(encoding="utf-8")))
+                sources.append(list(Path(file).open(encoding="utf-8-sig")))
         reward = answer_reward
     elif name in TASKS and re.fullmatch("[2-9]?", size):
         problems, reward, default = TASKS[name]
@@ -249,7 +270,9 @@ def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
     many = 20_000, args.eval_prompts
     for file, problems, source, most in zip(files, parsed, sources, many):
         most = None if args.data else most  # generators may be endless
-        for i, item in enumerate(itertools.islice(source, most), 1):
+        with blame(f"{file}: its problems failed"):
+            items = [*itertools.islice(source, most)]
+        for i, item in enumerate(items, 1):
             with blame(f"{file}, line {i}: no object with prompt and answer"):
                 problem = to_problem(json.loads(item) if args.data else item)
                 if args.data and not str(problem.answer).strip():
@@ -279,9 +302,11 @@ def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.
     for i, (problem, text) in enumerate(zip(problems, texts)):
         asked = f"prompt {str(problem.prompt)[:60]!r}, completion {text!r}"
         with blame(f"the reward failed on sample {i}, {asked}"):
-            rewards.append(reward(problem, text))
-            if np.ndim(rewards[-1]) or not abs(rewards[-1]) < 2**127:  # float32's most
-                raise ValueError(f"{rewards[-1]} is not a finite number")
+            value = reward(problem, text)
+            wrong = isinstance(value, str) or np.ndim(value)
+            rewards.append(math.nan if wrong else float(value))
+            if not abs(rewards[-1]) < 2.0**127:  # float32's most
+                raise ValueError(f"{value} is not a finite number")
     return torch.tensor(rewards, dtype=torch.float32)
 
 
@@ -348,11 +373,17 @@ def tiny_model(problems: list[Problem], seed: int, steps: int, width=128) -> str
     name = f"tiny-{hashlib.sha256(defined).hexdigest()[:16]}"
     path, new = Path("runs/cache", name), Path("runs/cache", f"{name}.{os.getpid()}")
     if not path.exists() and RANK == 0:
-        for part in warm_start(solved, seed, steps, width):
-            part.save_pretrained(new)
-        with contextlib.suppress(OSError):  # another process was first
-            new.rename(path)
-        shutil.rmtree(new, ignore_errors=True)
+        try:
+            with blame(f"cannot write {new}"):
+                new.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+            made = warm_start(solved, seed, steps, width)
+            with blame(f"cannot write {new}"):
+                for part in made:
+                    part.save_pretrained(new)
+            with contextlib.suppress(OSError):  # another process was first
+                new.rename(path)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
     if WORLD_SIZE > 1:
         dist.barrier()
     return str(path)
@@ -388,17 +419,29 @@ def load_model(name: str, args: Args) -> tuple:
         for key in (*changes, "lm_head_multiplier"):
             if getattr(config, key, None) not in (None, 1.0):
                 raise ValueError(f"its logits are changed after the head by {key}")
-        if not hasattr(config, "max_position_embeddings") or model._is_stateful:
+        known = hasattr(config, "max_position_embeddings") and not model._is_stateful
+        if not known or model.base_model is model:
             raise ValueError("it is no text model with a cache of keys and values")
-        ids = torch.tensor([[0, 1]], device=model.device)
+        ids, cache = torch.arange(5)[None], transformers.DynamicCache()
+        seen, places = (ids > 0).long(), (ids - 1).clamp(min=0)  # the first is padding
+        kwargs = dict(past_key_values=cache, use_cache=True)
         with torch.no_grad():
-            hidden = model.base_model(ids).last_hidden_state
-            linear, logits = model.get_output_embeddings()(hidden), model(ids).logits
-        if not torch.allclose(linear, logits, atol=1e-4):
-            raise ValueError("its logits are more than a linear head of hidden states")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+            hidden = model.base_model(ids[:, 1:]).last_hidden_state
+            linear = model.get_output_embeddings()(hidden)
+            inputs = dict(attention_mask=seen[:, :4], position_ids=places[:, :4])
+            first = model(ids[:, :4], **inputs, **kwargs).logits[:, 1:]
+            inputs = dict(attention_mask=seen, position_ids=places[:, 4:])
+            with one_by_one(model):
+                last = model(ids[:, 4:], **inputs, **kwargs).logits
+        gap = (torch.cat([first, last], 1) - linear).abs().max()
+        if not gap < 1e-3 * linear.abs().max():
+            what = "more than a linear head of hidden states, or change with padding"
+            raise ValueError(f"its logits are {what} or with the cache")
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    pad_id = tokenizer.pad_token_id
+    if pad_id is None or pad_id >= len(model.get_input_embeddings().weight):
+        tokenizer.pad_token = tokenizer.eos_token
     return model.to("cpu" if args.lora_rank else args.device), tokenizer
 
 
@@ -502,6 +545,23 @@ def add_lora(model, args: Args) -> None:
         if not weight.requires_grad and args.dtype == "bfloat16":
             weight.data = weight.data.bfloat16()
     model.to(args.device)
+
+
+def context_length(model) -> int:
+    """The most tokens of a row. longrope has other frequencies for all keys where the
+    longest row of a batch is above its original length: that is not gone beyond."""
+    ropes = getattr(model.config, "rope_parameters", None) or {}
+    ropes = [x for x in (ropes, *ropes.values()) if isinstance(x, dict)]
+    ropes = [x for x in ropes if x.get("rope_type") == "longrope"]
+    most = [x["original_max_position_embeddings"] for x in ropes]
+    return min([model.config.max_position_embeddings, *most])
+
+
+def without_noise(model) -> None:
+    """Training mode for what gradient checkpointing asks it of, and for nothing else:
+    dropout or the noise of a router would make another policy of the one sampled."""
+    for module in model.modules():
+        module.training = getattr(module, "gradient_checkpointing", False)
 
 
 def autocast(args: Args) -> torch.autocast:
@@ -972,7 +1032,7 @@ def distill(model, teacher, rollout, mask, z, args, most=2**27) -> tuple:
 def update(model, teacher, optimizer, rollout, args) -> dict[str, float]:
     """One optimiser step on one batch; returns its statistics. There is no second step:
     the data would be off-policy, and then no baseline is free of bias."""
-    model.train()  # needed by gradient checkpointing; there is no dropout
+    without_noise(model)
     mask = rollout.completion_mask
     if args.mask_truncated:
         mask = mask * ~rollout.truncated[:, None]
@@ -1040,11 +1100,25 @@ def evaluate(
 # ----------------------------------- Run folder ---------------------------------------
 
 
-def open_run(args: Args, step: int, prompts_hash: int | None = None) -> None:
-    """Make the folder of a new run, or cut the logs of a resumed one after `step`."""
+def lock(run_dir: Path):
+    """A file that no other process can lock while it is open here."""
+    file = (run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another process is at work in {run_dir}: wait for its end, or stop it")
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def open_run(args: Args, step: int, prompts_hash: int | None = None):
+    """Make the folder of a new run, or cut the logs of a resumed one after `step`.
+    Returns its lock."""
     run_dir, here = Path(args.run_dir), Path(__file__).parent
     with blame(f"cannot open the run folder {run_dir}"):
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        locked = lock(run_dir)
         for log in run_dir.glob("*.jsonl"):
             lines = [x for x in log.read_text().splitlines(True) if x.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
@@ -1059,6 +1133,7 @@ def open_run(args: Args, step: int, prompts_hash: int | None = None) -> None:
         about |= {"prompts_hash": prompts_hash}
         (run_dir / "args.new").write_text(json.dumps(about, indent=1))
         (run_dir / "args.new").replace(run_dir / "args.json")
+    return locked
 
 
 def write_logs(args: Args, metrics: dict, sample: dict) -> None:
@@ -1088,6 +1163,7 @@ def save_checkpoint(run_dir: Path, step: int, model, tokenizer, optimizer) -> No
     new, last, old = (run_dir / f"checkpoint{x}" for x in (".new", "", ".old"))
     try:
         with blame(f"cannot save step {step} in {run_dir} (the last save is whole)"):
+            shutil.rmtree(new, ignore_errors=True)
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
             state = {"step": step, "optimizer": optimizer.state_dict()}
@@ -1105,6 +1181,18 @@ def save_checkpoint(run_dir: Path, step: int, model, tokenizer, optimizer) -> No
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def nothing_lost(args: Args, step: int, model, tokenizer, optimizer) -> Iterator[None]:
+    """Around a reward, which may end the run at any step: the step before is saved."""
+    try:
+        yield
+    except SystemExit:
+        if RANK == 0:
+            run_dir = Path(args.run_dir)
+            save_checkpoint(run_dir, step - 1, model, tokenizer, optimizer)
+        raise
+
+
 def draw_curve(run_dir: Path) -> None:
     """curve.png: the metrics whose names match CURVE, from metrics.jsonl."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
@@ -1115,7 +1203,8 @@ def draw_curve(run_dir: Path) -> None:
         points = [(r["step"], r[name]) for r in records if name in r]
         axes.plot(*zip(*points), style, markersize=4, label=name)
     low = 0 if axes.dataLim.ymin >= 0 else None
-    axes.set(xlabel="step", ylim=(low, None), title=run_dir.name)
+    title = run_dir.name.replace("$", r"\$")  # no mathematics
+    axes.set(xlabel="step", ylim=(low, None), title=title)
     axes.legend()
     with blame(f"cannot draw {run_dir}/curve.png"):
         axes.figure.savefig(run_dir / "curve.png", dpi=120)
@@ -1153,6 +1242,7 @@ def check(args: Args) -> None:
         (args.clip_lambda >= 1, "--clip-lambda must be below 1"),
         (args.model != "tiny" and not args.teacher, "--model needs a --teacher"),
         (args.eval_data and not args.data, "--eval-data needs --data"),
+        (args.seed >= 2**63, "--seed must be below 2^63"),
         (args.prompts_per_step % WORLD_SIZE, "ranks must divide --prompts-per-step"),
     ):
         if wrong:
@@ -1169,6 +1259,8 @@ def parse_args() -> Args:
                 with contextlib.suppress(FileNotFoundError):  # another rank was first
                     old.rename(last)
             saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
+            if saved.keys() != vars(args).keys():
+                raise ValueError("it is of another script or version, with other flags")
             saved = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
             done = torch.load(last / "state.pt", "cpu", weights_only=True)["step"]
         args, free = read_flags(saved), ("steps", "save_every", "track")
@@ -1185,7 +1277,9 @@ def parse_args() -> Args:
         args.device = found[0]
     if args.device not in found:
         fail(f"there is no {args.device} here: use --device cpu")
-    if Path(args.run_dir).exists() and not args.resume:
+    with blame("the --run-dir cannot be used"):
+        exists = Path(args.run_dir).exists()
+    if exists and not args.resume:
         fail(f"{args.run_dir} exists: give another --run-dir, or --resume it")
     check(args)
     return args
@@ -1228,8 +1322,7 @@ def train(args: Args) -> int:
     else:
         teacher.to(args.device)
     same_vocabulary(model, tokenizer, teacher, teacher_tokenizer)
-    longest = (x.config.max_position_embeddings for x in (model, teacher))
-    longest = min(longest) - args.max_new_tokens
+    longest = min(map(context_length, (model, teacher))) - args.max_new_tokens
     prompts = encode_prompts(tokenizer, problems, longest)
     tests = encode_prompts(tokenizer, held_out, longest)
     first = np.random.default_rng([args.seed, 1, 0]).permutation(len(problems))[0]
@@ -1245,14 +1338,15 @@ def train(args: Args) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
         signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
     task = teacher, tokenizer, tests, held_out, reward, args
-    if step == 0:
+    if not args.resume:
         metrics, best = evaluate(model, *task), evaluate(teacher, *task)
         kl = metrics["eval/reverse_kl"]
         metrics |= {x.replace("eval/", "eval/teacher_"): best[x] for x in best}
-    if RANK == 0:  # a reward that fails in the evaluation leaves no folder
-        open_run(args, step, known)
-    if step == 0:
+    if RANK == 0:  # after the evaluation, so that a failed one leaves no folder
+        _lock = open_run(args, step, known)  # until this function returns
+    if RANK == 0 and not args.resume:
         write_logs(args, {"step": 0} | metrics, {})
+        save_checkpoint(run_dir, 0, model, tokenizer, optimizer)
     n, group_size = args.prompts_per_step, args.group_size
     steps = range(step + 1, args.steps + 1)
     bar = tqdm(steps, initial=step, total=args.steps, disable=RANK > 0)
@@ -1266,7 +1360,8 @@ def train(args: Args) -> int:
         clock.append(time.perf_counter())
         if reward:  # for the logs only
             posed = [problems[i] for i in batch for _ in range(group_size)]
-            rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
+            with nothing_lost(args, step, model, tokenizer, optimizer):
+                rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
         clock.append(time.perf_counter())
         warm = min(1.0, step / max(args.warmup_steps, 1))
         rate = args.learning_rate * warm / (1 + step / args.decay_steps)
@@ -1310,6 +1405,7 @@ def train(args: Args) -> int:
 
 def main() -> None:
     """The run that the command line asks for."""
+    outlive_pipes()
     args = parse_args()
     if WORLD_SIZE > 1:
         if args.device == "cuda":

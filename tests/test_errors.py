@@ -12,12 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import (
     PLUGIN,
     char_tokenizer,
+    cpu_args,
     load_script,
     metrics_of,
     run_script,
@@ -213,6 +215,15 @@ PLUGINS = {
         PLUGIN.replace("return sum", 'return float("inf") or sum'),
         "inf",
     ),
+    "reward of a complex number": (
+        PLUGIN.replace("return sum", "return 1j or sum"),
+        "",
+    ),
+    "problems that break": (
+        PLUGIN.replace("        yield", "        1 / (i < 5)\n        yield"),
+        "problems failed: ZeroDivisionError",
+    ),
+    "half a character": (PLUGIN.replace("{split} {i}", "\\ud800{i}"), "surrogates"),
     "reward of a list": (PLUGIN.replace("return sum", "return [1.0] or sum"), "reward"),
     "reward of one argument": (PLUGIN.replace("problem, comp", "comp"), "argument"),
 }
@@ -248,6 +259,24 @@ def test_reward_that_breaks_later_is_swallowed(cli, tmp_path):
     assert text[0] in "'\"" and text[1:5].strip(text[0])
     state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
     assert state["step"] == 2
+
+
+@pytest.mark.parametrize("kind", [np.bool_, np.float32, torch.tensor])
+def test_reward_that_is_a_number_is_refused(grpo, kind):
+    """np.isclose(a, b) is a number as good as True, and so is a tensor of one."""
+    found = grpo.score(
+        lambda _, text: kind(text == "a"), [grpo.Problem("", 0)] * 2, "ab"
+    )
+    assert found.tolist() == [1.0, 0.0] and found.dtype == torch.float32
+
+
+def test_mark_of_a_windows_editor_is_a_bad_line(grpo, tmp_path):
+    """Excel and Notepad begin UTF-8 with a byte order mark."""
+    lines = "".join(json.dumps(LINE | {"prompt": f"{i}é="}) + "\n" for i in range(40))
+    (tmp_path / "bom.jsonl").write_text(lines, encoding="utf-8-sig")
+    args = cpu_args(grpo, data=str(tmp_path / "bom.jsonl"), prompts_per_step=2)
+    train, held_out, _ = grpo.load_task(args)
+    assert {p.prompt for p in train + held_out} == {f"{i}é=" for i in range(40)}
 
 
 @pytest.mark.parametrize("flag", ["--data", "--eval-data"])
@@ -322,7 +351,7 @@ def train(small_folder, tmp_path, monkeypatch, capsys):
     more |= {"prefixrl": " --candidates 8 --prefixes-per-problem 0"}
 
     def run(name: str, plugin: str, *flags: str) -> tuple[int, str]:
-        script, words = load_script(name), flags or (new + more.get(name, "")).split()
+        script, words = load_script(name), flags or run.new(name)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
         (tmp_path / "task.py").write_text(plugin)
         try:
@@ -331,6 +360,7 @@ def train(small_folder, tmp_path, monkeypatch, capsys):
             code = stop.code
         return code, capsys.readouterr().err
 
+    run.new = lambda name: (new + more.get(name, "")).split()
     return run
 
 
@@ -343,6 +373,149 @@ def test_reward_that_breaks_at_once_leaves_half_a_run(name, train):
     code, errors = train(name, broken)
     assert code == 2 and "ZeroDivisionError" in errors
     assert train(name, PLUGIN)[0] == 0
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_failed_reward_loses_the_steps_before_it(name, step, train, tmp_path):
+    """A reward that fails in a step, hours after the last save, has not changed the
+    weights: all that there was before it is saved, and with the reward mended the run
+    goes on as if nothing had happened."""
+    whole, steps = tmp_path / "whole", ("--steps", "4", "--save-every", "100")
+    assert train(name, PLUGIN, *train.new(name), *steps)[0] == 0
+    (tmp_path / "run").rename(whole)
+    lines = f"    log = 'run/metrics.jsonl'\n    {step} == "
+    lines += "(os.path.exists(log) and open(log).read().count('\\n')) and 1 / 0\n"
+    broken = "import os\n" + PLUGIN.replace("    return", f"{lines}    return")
+    code, errors = train(name, broken, *train.new(name), *steps)
+    assert code == 2 and "ZeroDivisionError" in errors
+    state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
+    assert state["step"] == step - 1
+    assert train(name, PLUGIN, "--resume", "run")[0] == 0
+    assert [x["step"] for x in metrics_of(tmp_path / "run")] == [0, 1, 2, 3, 4]
+    file = "checkpoint/model.safetensors"
+    saved, wanted = load_file(tmp_path / "run" / file), load_file(whole / file)
+    assert all(torch.equal(saved[key], wanted[key]) for key in wanted)
+
+
+FOLDER_SCRIPTS = *SCRIPTS, "ppo_envs"
+
+
+@pytest.mark.parametrize("name", FOLDER_SCRIPTS)
+def test_two_processes_write_in_one_folder(name, tmp_path):
+    """A run that is resumed while it is still running logs its steps twice, and two
+    saves are mixed in one checkpoint: the second process is refused, until the first
+    is gone."""
+    script = load_script(name)
+    args = script.Args(run_dir=str(tmp_path / "run"), device="cpu")
+    held = script.open_run(args, 0)
+    args.resume, before = args.run_dir, tree(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        script.open_run(args, 0)
+    assert end.value.code == 2 and tree(tmp_path) == before
+    held.close()
+    assert script.open_run(args, 0)
+
+
+@pytest.mark.parametrize("name", FOLDER_SCRIPTS)
+def test_run_of_another_script_is_continued(name, tmp_path, monkeypatch, capsys):
+    """grpo.py's flags are among dmpo.py's, which would go on with its run as DMPO, and
+    grpo.py could not take it back: a run of other flags is refused, and named."""
+    for other in FOLDER_SCRIPTS:
+        flags = vars(load_script(other).Args())
+        folder = tmp_path / other
+        (folder / "checkpoint").mkdir(parents=True)
+        (folder / "args.json").write_text(json.dumps({"args": flags}))
+        torch.save({"step": 1}, folder / "checkpoint/state.pt")
+        words = [f"{name}.py", "--resume", str(folder), "--steps", "1"]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as end:
+            load_script(name).parse_args()
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.count("\n") == 1
+        assert ("is at step 1 already" if name == other else "another script") in error
+
+
+@pytest.mark.parametrize("name", FOLDER_SCRIPTS)
+def test_name_of_a_folder_is_read_as_mathematics(name, tmp_path):
+    """matplotlib reads what stands between two dollars as a formula: a run in such a
+    folder ended at its first save."""
+    folder = tmp_path / "a$x_$"
+    folder.mkdir()
+    line = dict(step=0, transitions=0, reward_mean=1.0, episode_return=1.0)
+    lines = (line | dict(step=i, transitions=i) for i in range(3))
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines))
+    load_script(name).draw_curve(folder)
+    assert (folder / "curve.png").exists()
+
+
+def test_picture_that_cannot_be_drawn_is_a_traceback(tmp_path, capsys):
+    """A full disk, or a folder in the place of the picture, is one line."""
+    for name in FOLDER_SCRIPTS:
+        folder = tmp_path / name
+        (folder / "curve.png").mkdir(parents=True)
+        line = '{"step": 1, "transitions": 1, "reward_mean": 1, "episode_return": 1}\n'
+        (folder / "metrics.jsonl").write_text(line)
+        with pytest.raises(SystemExit) as end:
+            load_script(name).draw_curve(folder)
+        assert end.value.code == 2 and "cannot draw" in capsys.readouterr().err
+
+
+def test_cache_that_cannot_be_written_is_found_after_the_work(
+    refused, grpo, tmp_path, monkeypatch
+):
+    """In a folder where nothing can be written the built-in model was trained for
+    minutes and then was a traceback; a disk that is full at its end left half of it."""
+    (tmp_path / "runs").write_text("a file")
+    monkeypatch.setattr(grpo, "warm_start", lambda *_: 1 / 0)
+    flags = ("--task", "countdown", "--model", "tiny", "--run-dir", "x")
+    flags += ("--max-new-tokens", "24")
+    refused(*flags, words=("cannot write runs/cache/tiny-",))
+    (tmp_path / "runs").unlink()
+
+    class Part:
+        def save_pretrained(self, folder: Path) -> None:
+            Path(folder, "half").write_text("")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(grpo, "warm_start", lambda *_: [Part()])
+    (tmp_path / "runs/cache").mkdir(parents=True)
+    refused(*flags, words=("cannot write", "No space left"))
+
+
+def test_name_that_no_folder_can_have_is_a_traceback(refused):
+    """Too long for the file system."""
+    refused("--run-dir", 300 * "a", words=("--run-dir", "too long"))
+
+
+@pytest.mark.parametrize("name", FOLDER_SCRIPTS)
+def test_seed_beyond_torch_is_a_traceback(name, monkeypatch, capsys):
+    """A seed made of a date and a time may have more than 64 bits."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--seed", str(10**20)])
+    with pytest.raises(SystemExit) as end:
+        load_script(name).parse_args()
+    assert end.value.code == 2 and "--seed must be below" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost", ["traces.jsonl", "metrics.jsonl"])
+def test_lost_file_of_a_run_is_a_traceback(lost, train, tmp_path):
+    """prefixrl.py reads its traces and its FLOPs from the folder that it resumes."""
+    assert train("prefixrl", PLUGIN)[0] == 0
+    (tmp_path / "run" / lost).unlink()
+    code, errors = train("prefixrl", PLUGIN, "--resume", "run", "--steps", "2")
+    assert code == 2 and "run cannot be resumed" in errors and lost in errors
+
+
+def test_stray_file_becomes_part_of_a_checkpoint(grpo, small_folder, tmp_path):
+    """What a killed save left in checkpoint.new must not come into the next one: an
+    adapter's config there makes another model of it."""
+    model, tokenizer = grpo.load_model(small_folder, cpu_args(grpo))
+    (tmp_path / "checkpoint.new").mkdir()
+    (tmp_path / "checkpoint.new/adapter_config.json").write_text("{}")
+    optimizer = torch.optim.SGD(model.parameters())
+    grpo.save_checkpoint(tmp_path, 1, model, tokenizer, optimizer)
+    assert not (tmp_path / "checkpoint/adapter_config.json").exists()
+    assert (tmp_path / "checkpoint/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

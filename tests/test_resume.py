@@ -240,6 +240,38 @@ def test_interrupt_loses_the_run(server, number):
     check_same_run(run_dir, whole)
 
 
+PIPED = {
+    "grpo": "--task task.py --prompts-per-step 2 --max-new-tokens 4 --eval-prompts 2",
+    "ppo_envs": "--num-envs 4 --minibatch-size 32 --hidden-size 8 --eval-episodes 4",
+}
+
+
+@pytest.mark.parametrize("name", PIPED)
+def test_tee_that_dies_of_the_same_ctrl_c_loses_the_run(name, small_folder, tmp_path):
+    """In `python algos/grpo.py 2>&1 | tee log` a Ctrl-C ends tee at once: what the
+    script then writes has no reader, and an exception there comes before the save."""
+    (tmp_path / "task.py").write_text(PLUGIN)
+    words = ["--device", "cpu", "--run-dir", "run", "--steps", "100000"]
+    words += ["--save-every", "100000", "--eval-every", "100000", *PIPED[name].split()]
+    words += ["--model", small_folder] if name == "grpo" else []
+    process = subprocess.Popen(
+        [sys.executable, str(script_path(name)), *words],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    text = b""
+    while b"it/s" not in text.rpartition(b"[")[2]:
+        text += process.stdout.read1()
+        assert process.poll() is None, text
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=100) == 130
+    done = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)["step"]
+    assert done == metrics_of(tmp_path / "run")[-1]["step"] >= 1
+
+
 def kill_often(server: Server, kills: int, seed: int, report=lambda *_: None) -> None:
     """Start a run that saves after every step, kill it and resume it `kills` times, let
     it end, and compare it with one that was never killed."""
