@@ -350,6 +350,118 @@ def test_dropout_on(grpo, tmp_path, name):
         assert torch.allclose(model(ids).logits, wanted, atol=1e-6)
 
 
+def small(name: str, vocab_size: int, **changes):
+    """A random model of a few thousand parameters from a config of transformers."""
+    torch.manual_seed(0)
+    config = dict(vocab_size=vocab_size, hidden_size=32, num_attention_heads=4)
+    config |= dict(num_hidden_layers=2, num_key_value_heads=2, intermediate_size=48)
+    config |= dict(initializer_range=0.3, max_position_embeddings=128)
+    config |= dict(pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    config = transformers.AutoConfig.for_model(name, **config | changes)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+BART = dict(encoder_layers=1, decoder_layers=2, d_model=32, init_std=0.3)
+BART |= dict(decoder_attention_heads=4, decoder_ffn_dim=48)
+LFM2 = dict(layer_types=["conv", "full_attention"])
+OTHERWISE = {  # models, by what makes them score otherwise than they are sampled from
+    "counts columns as positions": ("bart", BART),
+    "sees what comes later": ("gemma3_text", dict(use_bidirectional_attention=True)),
+    "has layers without keys and values": ("lfm2", LFM2),
+}
+
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_model_that_scores_otherwise_than_it_samples(grpo, tmp_path, capsys, what):
+    """Padding on the left that moves a row's positions, attention to later tokens or a
+    cache of another kind: log-probs were nats off, or the first step was a traceback.
+    Such models are refused when they are loaded, in one line."""
+    tokenizer, (name, changes) = char_tokenizer(), OTHERWISE[what]
+    model = small(name, len(tokenizer), **changes)
+    folder = save_model(tmp_path / "model", model, tokenizer)
+    with pytest.raises(SystemExit) as stopped:
+        grpo.load_model(folder, cpu_args(grpo))
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("error: cannot load the model") == 1
+
+
+NOISY = {  # what is drawn at random in train mode, beside dropout
+    "phimoe": {},
+    "mixtral": dict(router_jitter_noise=0.3, num_local_experts=4),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", NOISY)
+def test_router_is_noisy_in_an_update(grpo, tmp_path, name, checkpointing):
+    """In train mode some mixtures of experts choose experts at random: an update scores
+    a policy that was not sampled from, by up to 2 nats. Its log-probs are the sampled
+    ones, with gradient checkpointing too, which train mode is there for."""
+    tokenizer = char_tokenizer()
+    model = small(name, len(tokenizer), **NOISY[name])
+    folder = save_model(tmp_path / "model", model, tokenizer)
+    more = dict(gradient_checkpointing=checkpointing, max_new_tokens=8)
+    args = cpu_args(grpo, **more)
+    model, tokenizer = grpo.load_model(folder, args)
+    prompts = [[5, 6, 7, 8], [9, 10, 11, 12]]
+    rollout = grpo.generate(model, tokenizer, prompts, random_noise(8, 8), args)
+    stats = grpo.update(model, None, Recorder(model), rollout, torch.ones(8), args)
+    assert 0 < stats["delta_logp_max"] < 1e-4
+
+
+def test_longrope_changes_keys_that_are_cached(grpo):
+    """longrope has other frequencies for all positions once the longest row passes the
+    original length: keys in the cache keep the old ones, and a row's log-probs change
+    with its neighbours. That length is the limit; other kinds of RoPE keep theirs."""
+    ropes = dict(rope_type="longrope", original_max_position_embeddings=16, factor=8.0)
+    ropes |= dict(short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[2.0, 2.5, 3.0, 3.5])
+    ropes |= dict(rope_theta=1e4)
+    model = small(
+        "phi3", 20, rope_parameters=ropes, original_max_position_embeddings=16
+    )
+    tokens = torch.randint(2, 20, (2, 20))
+    seen = torch.ones_like(tokens)
+    seen[1, :8] = 0
+    both, _ = grpo.token_logprobs(model, tokens, seen, 6, 1.0)
+    alone, _ = grpo.token_logprobs(model, tokens[1:], seen[1:], 6, 1.0)
+    assert (both[1] - alone[0]).abs().max() > 0.1  # the reason: 20 tokens are too many
+    tokens, seen = tokens[:, 4:], seen[:, 4:]
+    both, _ = grpo.token_logprobs(model, tokens, seen, 6, 1.0)
+    alone, _ = grpo.token_logprobs(model, tokens[1:], seen[1:], 6, 1.0)
+    assert (both[1] - alone[0]).abs().max() < 1e-4
+    assert grpo.context_length(model) == 16
+    model.config.rope_parameters = {"full_attention": ropes, "sliding_attention": {}}
+    assert grpo.context_length(model) == 16
+    yarn = dict(rope_type="yarn", original_max_position_embeddings=16, factor=8.0)
+    model = small("llama", 20, rope_parameters=yarn | dict(rope_theta=1e4))
+    assert grpo.context_length(model) == grpo.context_length(small_gpt2(20)) == 128
+
+
+def test_checkpointing_that_a_model_has_not_is_a_traceback(grpo, tmp_path, capsys):
+    """Not every model supports --gradient-checkpointing."""
+    tokenizer = char_tokenizer()
+    shape = dict(n_embd=32, n_layer=2, n_head=4, dff=48, n_positions=128)
+    folder = tmp_path / "model"
+    save_model(folder, small("ctrl", len(tokenizer), **shape), tokenizer)
+    with pytest.raises(SystemExit) as stopped:
+        grpo.load_model(str(folder), cpu_args(grpo, gradient_checkpointing=True))
+    assert stopped.value.code == 2 and capsys.readouterr().err.count("error: ") == 1
+
+
+def test_padding_has_no_row_in_the_embedding(grpo, tmp_path):
+    """A "[PAD]" that was added to the tokenizer and not to the model has an id that the
+    embedding does not know: masked or not, looking it up is an error."""
+    tokenizer = char_tokenizer(eos_token="<eos>")
+    model = small_qwen3(len(tokenizer))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == len(model.get_input_embeddings().weight)
+    folder = save_model(tmp_path / "model", model, tokenizer)
+    args = cpu_args(grpo, max_new_tokens=4)
+    model, tokenizer = grpo.load_model(folder, args)
+    prompts, noise = [[5, 6, 7], [8]], random_noise(4, 4)
+    assert grpo.generate(model, tokenizer, prompts, noise, args).tokens.max() < 98
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_gradient_checkpointing_turns_the_cache_off(grpo, tmp_path, name):
     """In train mode gradient checkpointing silently drops the key-value cache, and a
