@@ -141,18 +141,16 @@ def outlive_pipes() -> None:
     """Go on in silence when the reader of stdout or stderr is gone: in `2>&1 | tee log`
     tee dies of the same Ctrl-C that lets a run finish its step and save."""
 
-    def guarded(stream, call: Callable) -> Callable:
-        def guard(*text):
-            try:
-                return call(*text)
-            except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-        return guard
+    def guard(stream, call: Callable, *text):
+        try:
+            return call(*text)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     for stream in sys.stdout, sys.stderr:
-        stream.write = guarded(stream, stream.write)
-        stream.flush = guarded(stream, stream.flush)
+        for name in "write", "flush":
+            call = functools.partial(guard, stream, getattr(stream, name))
+            setattr(stream, name, call)
 
 
 @contextlib.contextmanager
@@ -893,14 +891,15 @@ def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
     width = completion_length - (tokens.shape[1] - end)  # columns of completions
     tokens, mask = tokens[:, start : end - 1], attention_mask[:, start : end - 1]
     positions, n = (mask.cumsum(-1) - 1).clamp(min=0), end - start - width
-    inputs, cache, prompt_hidden = (tokens, mask, positions), None, []
+    inputs = tokens, mask, positions
+    cache, prompt_hidden = None, []
     context = torch.cat([tokens[:, :n], mask[:, :n]], -1)
-    new = (context != context.roll(1, 0)).any(-1)  # does it differ from the row before
-    new[0] = True
+    first = (context != context.roll(1, 0)).any(-1)  # the first row with this prompt
+    first[0] = True
     kept = not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    if kept and width > 1 and not new.all():
-        cache, own = transformers.DynamicCache(), new.cumsum(0) - 1
-        x, seen, places = (part[new, :n] for part in inputs)
+    if kept and width > 1 and not first.all():
+        cache, own = transformers.DynamicCache(), first.cumsum(0) - 1
+        x, seen, places = (part[first, :n] for part in inputs)
         kwargs = dict(attention_mask=seen, position_ids=places, past_key_values=cache)
         output = model.base_model(x, use_cache=True, **kwargs)
         prompt_hidden = [output.last_hidden_state[own, -1:]]
@@ -1085,12 +1084,12 @@ def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, 
     weights, z = loss_weights(mask, args.normalization, args.max_new_tokens)
     z, clips = all_reduce(z), (args.clip_low, args.clip_high)
     longest = mask.sum(-1).view(-1, args.group_size).amax(-1)
-    rows = torch.arange(len(mask), device=mask.device).view(-1, args.group_size)
-    rows = rows[longest.argsort(stable=True)].flatten()  # similar lengths together
-    live = rows[(mask.any(-1) & ((advantages != 0) | (args.kl_coef > 0)))[rows]]
+    order = torch.arange(len(mask), device=mask.device).view(-1, args.group_size)
+    order = order[longest.argsort(stable=True)].flatten()  # similar lengths together
+    live = order[(mask.any(-1) & ((advantages != 0) | (args.kl_coef > 0)))[order]]
     size, G = args.micro_batch_size, args.group_size
     if args.dm_coef:  # groups of equal rewards too: they pull q to uniform
-        live, size = rows, size // G * G
+        live, size = order, size // G * G
     counted = mask.any(-1).view(-1, G)  # completions with a token in the loss
     counts = torch.stack([counted.any(-1).sum(), counted.sum()]).float()
     groups, n = all_reduce(counts).clamp(min=1)
@@ -1429,7 +1428,8 @@ def train(args: Args) -> int:
     name = args.model
     if name == "tiny":
         name = tiny_model(problems, args.seed, args.tiny_steps)
-    last, step, qr = Path(args.run_dir, "checkpoint"), 0, math.nan
+    last = Path(args.run_dir, "checkpoint")
+    step, qr = 0, math.nan
     model, tokenizer = load_model(str(last) if args.resume else name, args)
     add_lora(model, args)
     reference = None

@@ -48,6 +48,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import io
 import itertools
 import json
@@ -127,18 +128,16 @@ def outlive_pipes() -> None:
     """Go on in silence when the reader of stdout or stderr is gone: in `2>&1 | tee log`
     tee dies of the same Ctrl-C that lets a run finish its step and save."""
 
-    def guarded(stream, call: Callable) -> Callable:
-        def guard(*text):
-            try:
-                return call(*text)
-            except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-        return guard
+    def guard(stream, call: Callable, *text):
+        try:
+            return call(*text)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     for stream in sys.stdout, sys.stderr:
-        stream.write = guarded(stream, stream.write)
-        stream.flush = guarded(stream, stream.flush)
+        for name in "write", "flush":
+            call = functools.partial(guard, stream, getattr(stream, name))
+            setattr(stream, name, call)
 
 
 @contextlib.contextmanager

@@ -58,6 +58,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import inspect
 import io
@@ -161,18 +162,16 @@ def outlive_pipes() -> None:
     """Go on in silence when the reader of stdout or stderr is gone: in `2>&1 | tee log`
     tee dies of the same Ctrl-C that lets a run finish its step and save."""
 
-    def guarded(stream, call: Callable) -> Callable:
-        def guard(*text):
-            try:
-                return call(*text)
-            except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-        return guard
+    def guard(stream, call: Callable, *text):
+        try:
+            return call(*text)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     for stream in sys.stdout, sys.stderr:
-        stream.write = guarded(stream, stream.write)
-        stream.flush = guarded(stream, stream.flush)
+        for name in "write", "flush":
+            call = functools.partial(guard, stream, getattr(stream, name))
+            setattr(stream, name, call)
 
 
 @contextlib.contextmanager
@@ -780,14 +779,15 @@ def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
     width = completion_length - (tokens.shape[1] - end)  # columns of completions
     tokens, mask = tokens[:, start : end - 1], attention_mask[:, start : end - 1]
     positions, n = (mask.cumsum(-1) - 1).clamp(min=0), end - start - width
-    inputs, cache, prompt_hidden = (tokens, mask, positions), None, []
+    inputs = tokens, mask, positions
+    cache, prompt_hidden = None, []
     context = torch.cat([tokens[:, :n], mask[:, :n]], -1)
-    new = (context != context.roll(1, 0)).any(-1)  # does it differ from the row before
-    new[0] = True
+    first = (context != context.roll(1, 0)).any(-1)  # the first row with this prompt
+    first[0] = True
     kept = not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    if kept and width > 1 and not new.all():
-        cache, own = transformers.DynamicCache(), new.cumsum(0) - 1
-        x, seen, places = (part[new, :n] for part in inputs)
+    if kept and width > 1 and not first.all():
+        cache, own = transformers.DynamicCache(), first.cumsum(0) - 1
+        x, seen, places = (part[first, :n] for part in inputs)
         kwargs = dict(attention_mask=seen, position_ids=places, past_key_values=cache)
         output = model.base_model(x, use_cache=True, **kwargs)
         prompt_hidden = [output.last_hidden_state[own, -1:]]
@@ -1276,9 +1276,9 @@ def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, 
     weights, z = loss_weights(mask, args.normalization, args.max_new_tokens)
     z, clips = all_reduce(z), (args.clip_low, args.clip_high)
     longest = mask.sum(-1).view(-1, args.group_size).amax(-1)
-    rows = torch.arange(len(mask), device=mask.device).view(-1, args.group_size)
-    rows = rows[longest.argsort(stable=True)].flatten()  # similar lengths together
-    live = rows[(mask.any(-1) & ((advantages != 0) | (args.kl_coef > 0)))[rows]]
+    order = torch.arange(len(mask), device=mask.device).view(-1, args.group_size)
+    order = order[longest.argsort(stable=True)].flatten()  # similar lengths together
+    live = order[(mask.any(-1) & ((advantages != 0) | (args.kl_coef > 0)))[order]]
     old, ref = rollout.logprobs.clone(), rollout.logprobs.clone()
     for i in range(args.updates_per_batch):
         totals = torch.zeros(5, device=mask.device)
