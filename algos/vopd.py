@@ -987,20 +987,20 @@ def scaled_logits(head, hidden, temperature: float) -> torch.Tensor:
     return F.linear(hidden / temperature, head.weight, bias)
 
 
-def distill(model, teacher, rollout, mask, z, args, most=2**27) -> tuple:
+def distill(model, teacher, rollout, mask, z, args, most=2**28) -> tuple:
     """Sums (4,) over the tokens in mask (B, C): loss, reverse KL, tokens and the gaps
     |delta log p| between scored and sampled log-probs; and the largest gap. If
     gradients are on, they are added to those of the weights.
 
-    No (B, C, V) tensor exists for either model: a chunk of `most` / V tokens is
-    finished, backward pass included, before the next one is made.
+    No (B, C, V) tensor exists for either model: a chunk with about `most` bytes of
+    logits is finished, backward pass included, before the next one is made.
     """
     totals, width = torch.zeros(4, device=mask.device), mask.shape[1]
     z = float(z)  # a tensor would be waited for at every chunk
     worst = torch.zeros((), device=mask.device)
     head, teacher_head = (x.get_output_embeddings() for x in (model, teacher))
     T, teacher_T = args.temperature, args.teacher_temperature
-    n = most // head.weight.shape[0] + 1
+    n = most // (2 if args.dtype == "bfloat16" else 4) // head.weight.shape[0] + 1
     live = mask.any(-1).nonzero()[:, 0]
     live = live[mask[live].sum(-1).argsort(stable=True)]  # similar lengths together
     for rows in live.split(args.micro_batch_size) if len(live) else ():

@@ -420,10 +420,13 @@ def test_logits_exist_whole_or_are_kept(vopd, monkeypatch):
             rows.extend([len(x)] if len(weight) == 500 else [])
             return linear(x, weight, *rest)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.nn.functional, "linear", counted)
-            vopd.distill(*models, rollout, rollout.completion_mask, 1, args, 500 * 31)
-        largest[estimator] = max(rows)
+        for dtype, size in ("float32", 4), ("bfloat16", 2):
+            args.dtype, most = dtype, size * 500 * 31  # bytes
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.nn.functional, "linear", counted)
+                vopd.distill(*models, rollout, rollout.completion_mask, 1, args, most)
+            largest[estimator, dtype] = max(rows)
+            rows.clear()
     assert kept["sampled"] == kept["vopd"] == kept["vopd-topk"] == kept["clip"] == 1
     assert kept["full"] > 1 == kept["topk"]
     assert set(largest.values()) == {32}
