@@ -850,7 +850,7 @@ def write_logs(args: Args, metrics: dict, sample: dict) -> None:
     """Append to metrics.jsonl and samples.jsonl. If wandb fails, training goes on."""
     if RANK > 0:
         return
-    with blame(f"cannot write in {args.run_dir}"):
+    with blame(f"cannot write to {args.run_dir}"):
         for name, record in (("metrics", metrics), ("samples", sample)):
             with Path(args.run_dir, f"{name}.jsonl").open("a") as file:
                 file.write(json.dumps({"step": metrics["step"]} | record) + "\n")
@@ -979,7 +979,7 @@ def parse_args() -> Args:
                 flag = f"--{name.replace('_', '-')}"
                 fail(f"{flag} contradicts the run in {args.resume}: it has {value!r}")
         if args.steps <= done:
-            fail(f"{args.resume} is at step {done} already: give more --steps")
+            fail(f"{args.resume} is at step {done} already: give a larger --steps")
     now = time.strftime("%Y%m%d-%H%M%S")
     args.run_dir = args.run_dir or f"runs/{Path(__file__).stem}/{now}-s{args.seed}"
     found = [x for x in ("cuda", "mps") if getattr(torch, x).is_available()] + ["cpu"]
@@ -1037,8 +1037,8 @@ def train(args: Args) -> int:
         metrics |= describe(stats, totals, clock, start, batch)
         if "grad_norm" not in metrics:  # describe() leaves out what is not finite
             fail(
-                f"the gradient is not finite at step {step}, nothing of it is saved: "
-                "start anew with a lower --learning-rate"
+                f"the gradient is not finite at step {step}, which is not saved: "
+                "start a new run with a lower --learning-rate"
             )
         if step % args.eval_every == 0 or step == args.steps:
             metrics |= evaluate(agent, test_env, args)
@@ -1064,7 +1064,7 @@ def train(args: Args) -> int:
                 draw_curve(run_dir)
         if stop:
             if RANK == 0:
-                print(f"stopped after step {step}; to go on: --resume {run_dir}")
+                print(f"stopped after step {step}; to continue: --resume {run_dir}")
             return 130
     if RANK == 0:
         logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]

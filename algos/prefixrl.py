@@ -249,44 +249,54 @@ def to_problem(item: Problem | dict) -> Problem:
     return item
 
 
-def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
-    """Training problems, held-out problems (no overlap), reward(problem, text)."""
-    where, splits = args.data or args.task, ("train", "eval")
-    files, (name, _, size) = [where, where], args.task.partition("-")
+def open_task(args: Args) -> tuple:
+    """Where the training and the held-out problems come from: two names, two iterables
+    (lines of --data, else problems, possibly endless), and reward(problem, text)."""
+    files, splits = [args.task] * 2, ("train", "eval")
+    name, _, size = args.task.partition("-")
     if args.data:
         files, sources = [args.data, args.eval_data or args.data], []
         for file in files:
             with blame(f"cannot read {file}"):
                 sources.append(list(Path(file).open(encoding="utf-8-sig")))
-        reward = answer_reward
-    elif name in TASKS and re.fullmatch("[2-9]?", size):
+        return files, sources, answer_reward
+    if name in TASKS and re.fullmatch("[2-9]?", size):
         problems, reward, default = TASKS[name]
-        n = int(size or default)
-        sources = [problems(split, args.seed, n) for split in splits]
-    elif args.task.endswith(".py"):
-        with blame(f"cannot load {where} (it needs the functions problems and reward)"):
+        size = int(size or default)
+        return files, [problems(split, args.seed, size) for split in splits], reward
+    if args.task.endswith(".py"):
+        needs = "it needs the functions problems and reward"
+        with blame(f"cannot load {args.task} ({needs})"):
             plugin = runpy.run_path(args.task)
             reward, problems = plugin["reward"], plugin["problems"]
-            sources = [iter(problems(split, args.seed)) for split in splits]
-    else:
-        known = ", ".join(f"{name}, {name}-4" for name in TASKS)
-        fail(f"unknown task {where!r}: give {known} (sizes 2 to 9) or a task.py")
-    parsed = [], []
+            return files, [iter(problems(x, args.seed)) for x in splits], reward
+    known = ", ".join(f"{name}, {name}-4" for name in TASKS)
+    fail(f"unknown task {args.task!r}: give {known} (sizes 2 to 9) or a task.py")
+
+
+def read_problems(file: str, source, most: int, args: Args) -> list[Problem]:
+    """All lines of --data, or the first `most` problems of a task, as Problems."""
+    problems = []
+    with blame(f"{file}: its problems failed"):
+        items = [*itertools.islice(source, None if args.data else most)]
+    for i, item in enumerate(items, 1):
+        with blame(f"{file}, line {i}: no object with prompt and answer"):
+            problem = to_problem(json.loads(item) if args.data else item)
+            if args.data and not str(problem.answer).strip():
+                raise ValueError("its answer is empty")
+            problems.append(problem)
+    return problems
+
+
+def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
+    """Training problems, held-out problems (no overlap), reward(problem, text)."""
+    files, sources, reward = open_task(args)
     many = 20_000, args.eval_prompts
-    for file, problems, source, most in zip(files, parsed, sources, many):
-        most = None if args.data else most  # generators may be endless
-        with blame(f"{file}: its problems failed"):
-            items = [*itertools.islice(source, most)]
-        for i, item in enumerate(items, 1):
-            with blame(f"{file}, line {i}: no object with prompt and answer"):
-                problem = to_problem(json.loads(item) if args.data else item)
-                if args.data and not str(problem.answer).strip():
-                    raise ValueError("its answer is empty")
-                problems.append(problem)
-    held_out = parsed[1][:: 10 if args.data and not args.eval_data else 1]
-    held_out = held_out[: args.eval_prompts]
+    train, held_out = (read_problems(*part, args) for part in zip(files, sources, many))
+    tenth = args.data and not args.eval_data
+    held_out = held_out[:: 10 if tenth else 1][: args.eval_prompts]
     seen = {str(problem.prompt) for problem in held_out}
-    train = [problem for problem in parsed[0] if str(problem.prompt) not in seen]
+    train = [problem for problem in train if str(problem.prompt) not in seen]
     if len(train) < args.prompts_per_step or len(held_out) < WORLD_SIZE:
         counts = f"{len(train)} problems to train on, {len(held_out)} held out"
         fail(
@@ -324,7 +334,7 @@ def hash_prompts(problems: list[Problem], args: Args) -> int:
         about = json.loads(Path(args.resume, "args.json").read_text())
         saved = about.get("prompts_hash", known)
     if ends.sum() or saved != known:
-        fail("problems differ between ranks, or from when the run began: give the same")
+        fail("problems differ between ranks or from the run's start: use the same ones")
     return known
 
 
@@ -409,6 +419,35 @@ def built_in(name: str, problems: list[Problem], args: Args) -> str:
     return tiny_model(start, args.seed, args.tiny_steps, 64)
 
 
+def check_scores(model) -> None:
+    """ValueError unless the model's logits are a linear head of its last hidden states,
+    those of a padded row read through the cache like those of the bare row: else what
+    is scored is not what was sampled."""
+    config = model.config
+    changes = "final_logit_softcapping", "logit_scale", "logits_scaling"
+    for key in (*changes, "lm_head_multiplier"):
+        if getattr(config, key, None) not in (None, 1.0):
+            raise ValueError(f"its logits are changed after the head by {key}")
+    known = hasattr(config, "max_position_embeddings") and not model._is_stateful
+    if not known or model.base_model is model:
+        raise ValueError("it is not a text model with a cache of keys and values")
+    ids, cache = torch.arange(5)[None], transformers.DynamicCache()
+    seen, places = (ids > 0).long(), (ids - 1).clamp(min=0)  # the first is padding
+    kwargs = dict(past_key_values=cache, use_cache=True)
+    with torch.no_grad():
+        hidden = model.base_model(ids[:, 1:]).last_hidden_state
+        linear = model.get_output_embeddings()(hidden)
+        inputs = dict(attention_mask=seen[:, :4], position_ids=places[:, :4])
+        first = model(ids[:, :4], **inputs, **kwargs).logits[:, 1:]
+        inputs = dict(attention_mask=seen, position_ids=places[:, 4:])
+        with one_by_one(model):
+            last = model(ids[:, 4:], **inputs, **kwargs).logits
+    gap = (torch.cat([first, last], 1) - linear).abs().max()
+    if not gap < 1e-3 * linear.abs().max():
+        what = "not a linear head of its hidden states, or change with padding"
+        raise ValueError(f"its logits are {what} or with the cache")
+
+
 def load_model(name: str, args: Args) -> tuple:
     """Model (fp32 weights, no dropout) and tokenizer from a hub name or a local folder,
     which may hold a LoRA adapter instead of weights."""
@@ -428,35 +467,14 @@ def load_model(name: str, args: Args) -> tuple:
             ends = model.get_input_embeddings(), model.get_output_embeddings()
             more = any("lora_" in x for end in ends for x, _ in end.named_parameters())
             if more or model.peft_config["default"].modules_to_save:
-                raise ValueError("its adapter is more than LoRA of layers: merge it")
+                raise ValueError("its adapter has more than LoRA layers: merge it")
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):  # an adapter's
                 module.p = 0.0
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no EOS token, so no completion can end")
-        changes = "final_logit_softcapping", "logit_scale", "logits_scaling"
-        for key in (*changes, "lm_head_multiplier"):
-            if getattr(config, key, None) not in (None, 1.0):
-                raise ValueError(f"its logits are changed after the head by {key}")
-        known = hasattr(config, "max_position_embeddings") and not model._is_stateful
-        if not known or model.base_model is model:
-            raise ValueError("it is no text model with a cache of keys and values")
-        ids, cache = torch.arange(5)[None], transformers.DynamicCache()
-        seen, places = (ids > 0).long(), (ids - 1).clamp(min=0)  # the first is padding
-        kwargs = dict(past_key_values=cache, use_cache=True)
-        with torch.no_grad():
-            hidden = model.base_model(ids[:, 1:]).last_hidden_state
-            linear = model.get_output_embeddings()(hidden)
-            inputs = dict(attention_mask=seen[:, :4], position_ids=places[:, :4])
-            first = model(ids[:, :4], **inputs, **kwargs).logits[:, 1:]
-            inputs = dict(attention_mask=seen, position_ids=places[:, 4:])
-            with one_by_one(model):
-                last = model(ids[:, 4:], **inputs, **kwargs).logits
-        gap = (torch.cat([first, last], 1) - linear).abs().max()
-        if not gap < 1e-3 * linear.abs().max():
-            what = "more than a linear head of hidden states, or change with padding"
-            raise ValueError(f"its logits are {what} or with the cache")
+        check_scores(model)
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
     pad_id = tokenizer.pad_token_id
@@ -878,6 +896,22 @@ def bare_ids(trace: Trace, eos: int) -> list[int]:
     return trace.ids[:-1] if trace.ids[-1] == eos else trace.ids
 
 
+def load_sampler(name: str, model, tokenizer, args: Args):
+    """The model that writes traces, from a folder or a hub name; "base": the model that
+    is trained. It must read and end its answers by the same ids."""
+    if name == "base":
+        return model
+    sampler, other = load_model(name, dataclasses.replace(args, lora_rank=0))
+    if other.get_vocab() != tokenizer.get_vocab():
+        fail(f"--trace-model {name} has another vocabulary: give --traces instead")
+    stops = stop_ids(model, tokenizer), stop_ids(sampler, other)
+    if stops[0] != stops[1]:
+        ids = "{} for the model, {} there".format(*stops)
+        how = f"ends its answers by other tokens ({ids})"
+        fail(f"--trace-model {name} {how}: give --traces instead")
+    return sampler
+
+
 def needs_traces(args: Args) -> bool:
     """Whether this run uses traces; plain RL does not."""
     return bool(args.prefixes_per_problem or args.sft_epochs or args.off_policy)
@@ -991,10 +1025,10 @@ def find_traces(model, sampler, tokenizer, posed, given, args) -> tuple:
         records.append(record | {"ids": ids, "logprob": logprob})
     none = len(hard) - len(traces.keys() & hard)
     if len(hard) < WORLD_SIZE:
-        fail(f"{len(hard)} of {len(problems)} candidates are hard: give more of them")
+        fail(f"{len(hard)} of {len(problems)} candidates are hard: raise --candidates")
     if none == len(hard) and needs_traces(args):
         fail(
-            f"no trace of {none} hard problems: start anew with a higher --trace-cap "
+            f"no trace of {none} hard problems: start again with a higher --trace-cap "
             "(what was tried is cached) or with other --traces"
         )
     return records, spent | {"hard_problems": len(hard), "without_trace": none}
@@ -1319,8 +1353,8 @@ def optimizer_step(model, optimizer, max_grad_norm: float) -> tuple[float, float
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     if not math.isfinite(norm):
         fail(
-            f"the gradient's norm is {norm}, no step is made: start anew (--model: the "
-            "run's checkpoint/) with a lower --learning-rate or --dtype float32"
+            f"the gradient norm is {norm}: no step was made. Start a new run (--model: "
+            "this run's checkpoint/) with a lower --learning-rate or --dtype float32"
         )
     before = torch.cat([p.detach().flatten()[:4096] for p in parameters])
     optimizer.step()
@@ -1434,7 +1468,7 @@ def write_logs(args: Args, metrics: dict, sample: dict) -> None:
     """Append to metrics.jsonl and samples.jsonl. If wandb fails, training goes on."""
     if RANK > 0:
         return
-    with blame(f"cannot write in {args.run_dir}"):
+    with blame(f"cannot write to {args.run_dir}"):
         for name, record in (("metrics", metrics), ("samples", sample)):
             with Path(args.run_dir, f"{name}.jsonl").open("a") as file:
                 file.write(json.dumps({"step": metrics["step"]} | record) + "\n")
@@ -1582,7 +1616,7 @@ def parse_args() -> Args:
                 flag = f"--{name.replace('_', '-')}"
                 fail(f"{flag} contradicts the run in {args.resume}: it has {value!r}")
         if args.steps <= done:
-            fail(f"{args.resume} is at step {done} already: give more --steps")
+            fail(f"{args.resume} is at step {done} already: give a larger --steps")
     now = time.strftime("%Y%m%d-%H%M%S")
     args.run_dir = args.run_dir or f"runs/{Path(__file__).stem}/{now}-s{args.seed}"
     found = [x for x in ("cuda", "mps") if getattr(torch, x).is_available()] + ["cpu"]
@@ -1688,10 +1722,10 @@ def train(args: Args) -> int:
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
     known = hash_prompts(problems + held_out, args)
-    run_dir, step, given = Path(args.run_dir), 0, None
-    other = args.trace_model or ("careful" if args.model == "tiny" else "base")
-    other = other if needs_traces(args) and not args.traces else "base"
-    name, other = (built_in(x, problems, args) for x in (args.model, other))
+    run_dir, step = Path(args.run_dir), 0
+    writer = args.trace_model or ("careful" if args.model == "tiny" else "base")
+    writer = writer if needs_traces(args) and not args.traces else "base"
+    name, writer = (built_in(x, problems, args) for x in (args.model, writer))
     problems, last = problems[: args.candidates], run_dir / "checkpoint"
     model, tokenizer = load_model(str(last) if args.resume else name, args)
     add_lora(model, args)
@@ -1708,31 +1742,21 @@ def train(args: Args) -> int:
         tqdm.write(f"first prompt: {tokenizer.decode(prompts[0])!r}")
     how = dict(lr=0.0, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **how)
-    posed, sampler = (prompts, problems, reward), model
     if args.resume:
         state = torch.load(last / "state.pt", args.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    elif other != "base":
-        whole = dataclasses.replace(args, lora_rank=0)
-        sampler, vocabulary = load_model(other, whole)
-        if vocabulary.get_vocab() != tokenizer.get_vocab():
-            fail(f"--trace-model {other} has another vocabulary: give --traces instead")
-        stops = stop_ids(model, tokenizer), stop_ids(sampler, vocabulary)
-        if stops[0] != stops[1]:
-            ids = "{} for the model, {} there".format(*stops)
-            how = f"ends its answers by other tokens ({ids})"
-            fail(f"--trace-model {other} {how}: give --traces instead")
-    if args.resume:
         with blame(f"{run_dir} cannot be resumed"):
             found = [json.loads(line) for line in (run_dir / "traces.jsonl").open()]
             logs = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]  # whole
             metrics = [r for r in map(json.loads, logs) if r["step"] <= step][-1]
     else:  # phase 1
+        posed, given = (prompts, problems, reward), None
+        sampler = load_sampler(writer, model, tokenizer, args)
         if args.traces:
             given = read_traces(args.traces, tokenizer, *posed, longest, args)
         found, metrics = find_traces(model, sampler, tokenizer, posed, given, args)
-        sampler = None  # its memory is free again
+        del sampler  # its memory is free again
     hard = tuple([x[r["problem"]] for r in found] for x in (prompts, problems))
     traces = {i: Trace(r["ids"], r["logprob"]) for i, r in enumerate(found) if r["ids"]}
     prefixed = cut_prefixes(traces, tokenizer.eos_token_id, args)  # phase 2
@@ -1745,7 +1769,7 @@ def train(args: Args) -> int:
         metrics |= {"step": 0, "flops": spent, "prefixed_problems": len(prefixed)}
     total, pass_1 = metrics["flops"], metrics.get("eval/hard_pass@1", math.nan)
     if 0 < args.max_flops <= total:
-        fail(f"--max-flops {args.max_flops:.3g}: {total:.3g} are spent at step {step}")
+        fail(f"--max-flops {args.max_flops:.3g}: {total:.3g} spent by step {step}")
     stops = []
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
         signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
@@ -1785,7 +1809,7 @@ def train(args: Args) -> int:
             break
         if stop:
             if RANK == 0:
-                print(f"stopped after step {step}; to go on: --resume {run_dir}")
+                print(f"stopped after step {step}; to continue: --resume {run_dir}")
             return 130
     if RANK == 0:
         report(run_dir, args)
