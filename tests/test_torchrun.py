@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import char_tokenizer, save_model, script_path, small_qwen3
 from safetensors.torch import load_file
 
@@ -272,3 +275,35 @@ def test_a_rank_dies_and_the_others_wait(how, home, monkeypatch):
     assert ("SIGKILL" if how == "kill" else f"RuntimeError: {how}") in out
     logged = records(home / "run", "metrics.jsonl")
     assert [r["step"] for r in logged] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "script, whom", [("grpo", "torchrun"), ("grpo", "a rank"), ("ppo_envs", "a rank")]
+)
+def test_ctrl_c_stops_ranks_at_different_steps(script, whom, home):
+    """torchrun passes a Ctrl-C on, which reaches its ranks at different moments (here
+    also one of them alone). One that stopped a step before the others would leave them
+    waiting for its gradients, and the job would end in an error with nothing saved. All
+    stop after the same step, which is saved, and one of them says so."""
+    flags = dict(device="cpu", run_dir="run", steps=100_000)
+    flags = COMMON | flags if script == "grpo" else flags | dict(num_envs=64)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", *command_line(script, flags)]
+    log, end = home / "run" / "metrics.jsonl", time.monotonic() + 90
+    with (home / "out").open("w") as out:
+        process = subprocess.Popen(command, cwd=home, stdout=out, stderr=out)
+        try:
+            while not log.exists() or log.read_text().count("\n") < 4:
+                assert process.poll() is None and time.monotonic() < end
+                time.sleep(0.1)
+            ranks = f"/proc/{process.pid}/task/{process.pid}/children"
+            pids = [process.pid, int(Path(ranks).read_text().split()[-1])]
+            os.kill(pids[whom == "a rank"], signal.SIGINT)
+            process.wait(timeout=60)
+        finally:
+            process.terminate()
+    said = re.findall(r"stopped after step (\d+)", (home / "out").read_text())
+    state = torch.load(home / "run/checkpoint/state.pt", weights_only=True)
+    assert said == [str(state["step"])]
+    steps = [r["step"] for r in records(home / "run", "metrics.jsonl")]
+    assert steps == [*range(state["step"] + 1)]
