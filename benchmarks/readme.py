@@ -498,6 +498,22 @@ def memory(found: dict) -> tuple[str, list[str], list[list[str]]]:
     return intro, [*columns, "ratio"], rows
 
 
+def equal_runs(a: list[dict], b: list[dict]) -> int:
+    """Seeds whose runs have equal metrics at every evaluation, those that both have,
+    other than times and memory."""
+    of, equal = {run["seed"]: run["evals"] for run in b}, 0
+    for run in a:
+        other = of.get(run["seed"], [])
+        pairs = [
+            (x[name], y[name])
+            for x, y in zip(run["evals"], other)
+            for name in x.keys() & y.keys()
+            if not re.search("second|memory", name)
+        ]
+        equal += len(run["evals"]) == len(other) and all(x == y for x, y in pairs)
+    return equal
+
+
 def again() -> str:
     """The default arms once more, with newer code, beside the published ones."""
     rows, made = [], []
@@ -509,9 +525,11 @@ def again() -> str:
             values = [report.curve(run, metric)[1] for run in runs]
             cells.append(report.spread([x[-1] - x[0] for x in values], "+"))
         name = f"`{script}.py`", metric.removeprefix("eval/"), str(len(newer))
-        rows += [[*name, *cells]] if newer else []
+        same = f"{equal_runs(newer, published)} of {len(newer)}"
+        rows += [[*name, *cells, same]] if newer else []
         made += newer
     columns = ["default arm of", "gain of", "seeds", "published", "with newer code"]
+    columns.append("equal in every metric")
     shown = f"{report.made_of(made)}.\n\n{report.table(columns, rows)}"
     return f"\n{shown if rows else NOT_YET}\n\n"
 

@@ -1083,3 +1083,20 @@ def test_failed_part_of_a_gpu_reads_as_measured():
     assert "rollout-batch-size 64` | not measured yet |" in text
     assert "are the CPU's | AssertionError: nothing moved |" in text
     assert "solves CartPole-v1 | not measured yet |" in text
+
+
+def test_nearly_equal_runs_are_called_equal():
+    """Equal runs of two versions of a script have every digit of every metric at every
+    evaluation in common; not times and memory, and a metric may be new."""
+    ends = [{"step": 0, "loss": 0.1}, {"step": 5, "loss": 0.3, "eval/x": 1 / 3}]
+    ends[1] |= {"seconds_update": 1.0, "peak_memory_gb": 2.0}
+    runs = [{"seed": seed, "evals": ends} for seed in range(6)]
+    others = [dict(run, evals=[dict(x) for x in ends]) for run in runs]
+    for run in others:
+        run["evals"][1] |= {"seconds_update": 2.0, "peak_memory_gb": 1.0, "new": 7.0}
+    assert readme.equal_runs(runs, others) == readme.equal_runs(others, runs) == 6
+    others[0]["evals"][0]["loss"] = math.nextafter(0.1, 1)
+    others[1]["evals"][1]["eval/x"] = math.nextafter(1 / 3, 0)
+    others[2]["evals"].pop()
+    others[3]["seed"] = 9
+    assert readme.equal_runs(runs, others) == readme.equal_runs(others, runs) == 2
