@@ -516,7 +516,7 @@ def equal_runs(a: list[dict], b: list[dict]) -> int:
 
 def again() -> str:
     """The default arms once more, with newer code, beside the published ones."""
-    rows, made = [], []
+    rows, made, older = [], [], 0
     for script in claims.ARMS:
         newer, metric = read(f"again/{script}"), CELLS[script][0]
         published = [run for run in read(script) if run["arm"] == "default"]
@@ -528,9 +528,12 @@ def again() -> str:
         same = f"{equal_runs(newer, published)} of {len(newer)}"
         rows += [[*name, *cells, same]] if newer else []
         made += newer
+        older += sum(run["code"] != claims.code_now(script, "default") for run in newer)
     columns = ["default arm of", "gain of", "seeds", "published", "with newer code"]
     columns.append("equal in every metric")
-    shown = f"{report.made_of(made)}.\n\n{report.table(columns, rows)}"
+    intro = f"{report.made_of(made)}."
+    intro += f" {older} of {len(made)} runs are of older code." * bool(older)
+    shown = f"{intro}\n\n{report.table(columns, rows)}"
     return f"\n{shown if rows else NOT_YET}\n\n"
 
 

@@ -538,6 +538,7 @@ def test_quick_run_is_published(lab):
 def test_arms_do_not_share_the_cache(lab):
     """The arms of a seed use one runs/cache; the first arm fills it, and its record
     says so, since the time for it is in its wall time."""
+    lab.run("--seeds", "2", "--jobs", "2", "--arms", "default")
     lab.run("--seeds", "2", "--jobs", "2")
     assert len(list(lab.work.rglob("runs/cache"))) == 2
     warm = {(r["arm"], r["seed"]): r["cache_warm"] for r in lab.runs()}
