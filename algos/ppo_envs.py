@@ -738,8 +738,10 @@ def learn(agent: Agent, batch: dict, args: Args) -> dict:
     advantages.sub_(mean).div_(var.sqrt() + 1e-8)
     data = [batch["obs"], batch["actions"], batch["logprobs"], advantages, returns]
     data, (size, _) = [x.flatten(0, 1) for x in data], recipe(args)
-    total, few = args.num_envs * args.rollout_length, data[0]
-    few = few[:: -(-len(few) * WORLD_SIZE // 2**12)]
+    total = args.num_envs * args.rollout_length
+    rows = torch.arange(0, total, -(-total // 2**12), device=args.device)
+    count = len(rows)  # states for the KL, the same for any number of ranks
+    few = data[0][own_rows(rows, args.num_envs) if WORLD_SIZE > 1 else rows]
     before = agent.policy(*in_pieces(agent.outputs, few))
     # neighbours are different environments: shuffling blocks of them is as good
     most = 2 ** max(0, total.bit_length() - 21)
@@ -765,7 +767,7 @@ def learn(agent: Agent, batch: dict, args: Args) -> dict:
         agent.proximal.copy_(agent.theta[: agent.parts[0]])
         agent.past[2] = 0
     after = agent.policy(*in_pieces(agent.outputs, few))
-    kl = all_reduce(td.kl_divergence(before, after).mean()) / WORLD_SIZE
+    kl = all_reduce(td.kl_divergence(before, after).sum()) / count
     terms, rest = agent.sums.clone().split(4)
     terms, updates = all_reduce(terms) / args.epochs / total, args.epochs * total / size
     names = "policy_loss", "value_loss", "entropy", "clip_fraction"
@@ -973,7 +975,8 @@ def parse_args() -> Args:
                 raise ValueError("it is of another script or version, with other flags")
             saved = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
             done = torch.load(last / "state.pt", "cpu", weights_only=True)["step"]
-        args, free = read_flags(saved), ("steps", "save_every", "track")
+        args, free = read_flags(saved), {"steps", "save_every", "track"}
+        free |= {"micro_batch_size", "rollout_batch_size"}  # memory may have run out
         for name, value in vars(saved).items():
             if getattr(args, name) != value and name not in free:
                 flag = f"--{name.replace('_', '-')}"
@@ -986,7 +989,8 @@ def parse_args() -> Args:
     if args.device == "auto":
         args.device = found[0]
     if args.device not in found:
-        fail(f"there is no {args.device} here: use --device cpu")
+        how = "--resume it where there is" if args.resume else "use --device cpu"
+        fail(f"there is no {args.device} here: {how}")
     with blame("the --run-dir cannot be used"):
         exists = Path(args.run_dir).exists()
     if exists and not args.resume:
@@ -1062,7 +1066,7 @@ def train(args: Args) -> int:
                 state = {"step": step, "agent": agent.state_dict(), "ranks": ranks}
                 save_checkpoint(run_dir, state)
                 draw_curve(run_dir)
-        if stop:
+        if stop and step < args.steps:
             if RANK == 0:
                 print(f"stopped after step {step}; to continue: --resume {run_dir}")
             return 130

@@ -282,7 +282,8 @@ def read_problems(file: str, source, most: int, args: Args) -> list[Problem]:
     for i, item in enumerate(items, 1):
         with blame(f"{file}, line {i}: no object with prompt and answer"):
             problem = to_problem(json.loads(item) if args.data else item)
-            if args.data and not str(problem.answer).strip():
+            blank = problem.answer is None or not str(problem.answer).strip()
+            if args.data and blank:
                 raise ValueError("its answer is empty")
             problems.append(problem)
     return problems
@@ -567,8 +568,11 @@ def pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
     return pad_sequence([torch.tensor(r) for r in rows], True, value, padding_side=side)
 
 
-def encode_prompts(tokenizer, problems: list[Problem], longest: int) -> list[list[int]]:
-    """Token ids of the prompts: text as it is, messages through the chat template."""
+def encode_prompts(
+    tokenizer, problems: list[Problem], longest: int, rows: int
+) -> list[list[int]]:
+    """Token ids of the prompts: text as it is, messages through the chat template. At
+    most `longest` ids, all below `rows`."""
     encoded = []
     for i, (prompt, *_) in enumerate(problems):
         with blame(f"prompt {i} ({str(prompt)[:60]!r}) cannot be used"):
@@ -580,6 +584,8 @@ def encode_prompts(tokenizer, problems: list[Problem], longest: int) -> list[lis
                 ids = ids["input_ids"]
             if not 0 < len(ids) <= longest:
                 raise ValueError(f"{len(ids)} tokens, there is room for {longest}")
+            if max(ids) >= rows:
+                raise ValueError(f"the model has no embedding of token {max(ids)}")
         encoded.append(ids)
     return encoded
 
@@ -665,6 +671,7 @@ def recordable(model) -> bool:
     ropes = str([getattr(module, "rope_type", "") for module in model.modules()])
     blind = "dynamic" not in ropes and "longrope" not in ropes
     blind &= getattr(model.config, "_experts_implementation", "") != "grouped_mm"
+    blind &= model._can_set_attn_implementation()  # old code copies from the host
     return model.device.type == "cuda" and blind and model._can_compile_fullgraph
 
 
@@ -891,9 +898,9 @@ class Trace(NamedTuple):
     logprob: float | None = None
 
 
-def bare_ids(trace: Trace, eos: int) -> list[int]:
-    """The ids without a final EOS, which is never part of a prefix."""
-    return trace.ids[:-1] if trace.ids[-1] == eos else trace.ids
+def bare_ids(trace: Trace, stops: list[int]) -> list[int]:
+    """The ids without a final stop token, which is never part of a prefix."""
+    return trace.ids[:-1] if trace.ids[-1] in stops else trace.ids
 
 
 def load_sampler(name: str, model, tokenizer, args: Args):
@@ -1094,14 +1101,14 @@ def cut_prefix(trace: list[int], low: float, high: float, rng) -> list[int]:
     return trace[: min(rng.randint(least, max(least, most)), max(n - 1, 0))]
 
 
-def cut_prefixes(traces: dict[int, Trace], eos: int, args: Args) -> list[tuple]:
+def cut_prefixes(traces: dict[int, Trace], stops: list[int], args: Args) -> list[tuple]:
     """Phase 2: the prefixed problems (index, prefix), args.prefixes_per_problem of each
     trace, a function of the seed. A trace too short for a prefix yields none: its
     problem stays plain."""
     pairs = []
     for i, trace in traces.items():
         rng = random.Random(f"{args.seed} prefix {i}")
-        ids = bare_ids(trace, eos)
+        ids = bare_ids(trace, stops)
         for _ in range(args.prefixes_per_problem):
             pairs.append((i, cut_prefix(ids, args.prefix_low, args.prefix_high, rng)))
     return [(i, prefix) for i, prefix in pairs if prefix]
@@ -1401,7 +1408,7 @@ def evaluate_all(model, tokenizer, tests, hard, traces, reward, args) -> dict:
         metrics |= {key.replace("/", f"/{name}"): x for key, x in found.items()}
     chosen = [*traces][:most]
     for percent in range(0, 100, 20) if len(chosen) >= WORLD_SIZE else ():
-        ids = [bare_ids(traces[i], tokenizer.eos_token_id) for i in chosen]
+        ids = [bare_ids(traces[i], stop_ids(model, tokenizer)) for i in chosen]
         cuts = [x[: len(x) * percent // 100] for x in ids]
         posed = [hard[0][i] for i in chosen], cuts, [hard[1][i] for i in chosen]
         found = evaluate(model, tokenizer, *posed, reward, args)
@@ -1510,15 +1517,26 @@ def save_checkpoint(run_dir: Path, step: int, model, tokenizer, optimizer) -> No
 
 
 @contextlib.contextmanager
-def nothing_lost(args: Args, step: int, model, tokenizer, optimizer) -> Iterator[None]:
-    """Around a reward, which may end the run at any step: the step before is saved."""
+def nothing_lost(args: Args, step: int, parts: tuple, *logs: dict) -> Iterator[None]:
+    """Around sampling and rewards, which may end the run at any time: `step`, the last
+    whole one, is saved, whichever rank fails. parts: model, tokenizer, optimizer. In an
+    evaluation logs is what is not written yet: metrics, sample."""
+    error = None
     try:
         yield
-    except SystemExit:
+    except BaseException as e:
+        error = e
+    failed = torch.tensor(float(error is not None), device=args.device)
+    if not logs:  # in an evaluation the other ranks wait for sums, not for this
+        all_reduce(failed)
+    if failed > 0:
+        if logs:
+            write_logs(args, *logs)
         if RANK == 0:
-            run_dir = Path(args.run_dir)
-            save_checkpoint(run_dir, step - 1, model, tokenizer, optimizer)
-        raise
+            save_checkpoint(Path(args.run_dir), step, *parts)
+        if WORLD_SIZE > 1 and not logs:
+            dist.barrier()  # the end of one rank is the end of all
+        raise error or SystemExit(2)
 
 
 def draw_curve(run_dir: Path) -> None:
@@ -1610,7 +1628,8 @@ def parse_args() -> Args:
                 raise ValueError("it is of another script or version, with other flags")
             saved = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
             done = torch.load(last / "state.pt", "cpu", weights_only=True)["step"]
-        args, free = read_flags(saved), ("steps", "save_every", "track")
+        args, free = read_flags(saved), {"steps", "save_every", "track"}
+        free |= {"micro_batch_size", "rollout_batch_size"}  # memory may have run out
         for name, value in vars(saved).items():
             if getattr(args, name) != value and name not in free:
                 flag = f"--{name.replace('_', '-')}"
@@ -1623,7 +1642,8 @@ def parse_args() -> Args:
     if args.device == "auto":
         args.device = found[0]
     if args.device not in found:
-        fail(f"there is no {args.device} here: use --device cpu")
+        how = "--resume it where there is" if args.resume else "use --device cpu"
+        fail(f"there is no {args.device} here: {how}")
     with blame("the --run-dir cannot be used"):
         exists = Path(args.run_dir).exists()
     if exists and not args.resume:
@@ -1670,8 +1690,10 @@ def practice(
     clock, n = [time.perf_counter()], args.group_size
     contexts, prefixes = [hard[0][i] + z for i, z in batch], [z for _, z in batch]
     noise = uniforms(args, step, args.prompts_per_step, n)
-    rollout = generate(model, tokenizer, contexts, noise, args)
-    rollout.texts = answers(tokenizer, rollout, prefixes, n)
+    parts = model, tokenizer, optimizer
+    with nothing_lost(args, step - 1, parts):
+        rollout = generate(model, tokenizer, contexts, noise, args)
+        rollout.texts = answers(tokenizer, rollout, prefixes, n)
     read, weights = read_tokens(rollout, n), 1.0
     if args.off_policy:
         around = batch, hard[0], traces, args
@@ -1681,7 +1703,7 @@ def practice(
         rollout = unmask_prefixes(rollout, batch, hard[0], args)
     clock.append(time.perf_counter())
     posed = [hard[1][i] for i, _ in batch for _ in range(n)]
-    with nothing_lost(args, step, model, tokenizer, optimizer):
+    with nothing_lost(args, step - 1, parts):
         rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
     advantages = group_advantages(rollout.rewards, n, args.advantage_scale) * weights
     clock.append(time.perf_counter())
@@ -1735,13 +1757,15 @@ def train(args: Args) -> int:
     elif args.kl_coef:
         reference = load_model(name, args)[0].requires_grad_(False)
     longest = context_length(model) - args.max_new_tokens
-    tests = encode_prompts(tokenizer, held_out, longest), held_out
+    rows = len(model.get_input_embeddings().weight)
+    tests = encode_prompts(tokenizer, held_out, longest, rows), held_out
     # phase 1 needs prompts with room for a trace and a completion
-    prompts = encode_prompts(tokenizer, problems, longest - args.max_new_tokens)
+    prompts = encode_prompts(tokenizer, problems, longest - args.max_new_tokens, rows)
     if RANK == 0:
         tqdm.write(f"first prompt: {tokenizer.decode(prompts[0])!r}")
     how = dict(lr=0.0, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **how)
+    parts = model, tokenizer, optimizer
     if args.resume:
         state = torch.load(last / "state.pt", args.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
@@ -1759,7 +1783,7 @@ def train(args: Args) -> int:
         del sampler  # its memory is free again
     hard = tuple([x[r["problem"]] for r in found] for x in (prompts, problems))
     traces = {i: Trace(r["ids"], r["logprob"]) for i, r in enumerate(found) if r["ids"]}
-    prefixed = cut_prefixes(traces, tokenizer.eos_token_id, args)  # phase 2
+    prefixed = cut_prefixes(traces, stop_ids(model, tokenizer), args)  # phase 2
     if args.prefixes_per_problem and not prefixed:
         fail("all prefixes are empty: give a higher --prefix-low and --prefix-high")
     plain = [(i, []) for i in range(len(found))]
@@ -1779,7 +1803,7 @@ def train(args: Args) -> int:
         lines = "".join(f"{json.dumps(record)}\n" for record in found)
         (run_dir / "traces.jsonl").write_text(lines)
         write_logs(args, metrics, {})
-        save_checkpoint(run_dir, 0, model, tokenizer, optimizer)
+        save_checkpoint(run_dir, 0, *parts)
         print(f"{len(found)} hard problems, {len(traces)} of them with a trace")
     steps = range(step + 1, args.steps + 1)
     bar = tqdm(steps, initial=step, total=args.steps, disable=RANK > 0)
@@ -1790,7 +1814,9 @@ def train(args: Args) -> int:
         total = metrics["flops"] = total + metrics["flops"]
         end = step == args.steps or 0 < args.max_flops <= total
         if step % args.eval_every == 0 or end:
-            metrics |= evaluate_all(model, tokenizer, tests, hard, traces, reward, args)
+            around = tests, hard, traces, reward, args
+            with nothing_lost(args, step, parts, metrics, sample):
+                metrics |= evaluate_all(model, tokenizer, *around)
             pass_1 = metrics["eval/hard_pass@1"]
         stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0
         write_logs(args, metrics, sample)
@@ -1802,7 +1828,7 @@ def train(args: Args) -> int:
             tqdm.write(f"first completion: {sample['completions'][0]!r}")
             tqdm.write("a loss near 0 is normal: watch the reward and pass@1")
         if (stop or step % args.save_every == 0 or end) and RANK == 0:
-            save_checkpoint(run_dir, step, model, tokenizer, optimizer)
+            save_checkpoint(run_dir, step, *parts)
             draw_curve(run_dir)
             draw_prefix_success(run_dir)
         if end:

@@ -83,8 +83,9 @@ from tokenizers import Tokenizer, decoders, models
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-OWN = ("CURVE", "to_problem", "update", "evaluate", "check", "describe")  # names whose
-# code may differ from their namesakes in other scripts
+OWN = (  # names whose code may differ from their namesakes in other scripts
+    "CURVE", "to_problem", "read_problems", "update", "evaluate", "check", "describe",
+)  # fmt: skip
 CURVE = "eval/pass@.*|eval/reverse_kl"  # metrics that curve.png shows
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -235,9 +236,12 @@ def answer_reward(problem: Problem, completion: str) -> float:
 
 
 def to_problem(item: Problem | dict) -> Problem:
-    """A line of --data, or what a task.py yields, as a Problem; answer optional."""
+    """A line of --data, or what a task.py yields, as a Problem. An answer that is
+    missing or blank is None."""
     if not isinstance(item, Problem):
-        item = Problem(item["prompt"], item.get("answer"), item.get("solution"))
+        answer = item.get("answer")
+        answer = None if str(answer).strip() == "" else answer
+        item = Problem(item["prompt"], answer, item.get("solution"))
     item = item._replace(solution="" if item.solution is None else str(item.solution))
     f"{item.prompt}{item.solution}".encode()  # half a character is an error
     return item
@@ -274,11 +278,8 @@ def read_problems(file: str, source, most: int, args: Args) -> list[Problem]:
     with blame(f"{file}: its problems failed"):
         items = [*itertools.islice(source, None if args.data else most)]
     for i, item in enumerate(items, 1):
-        with blame(f"{file}, line {i}: no object with prompt and answer"):
-            problem = to_problem(json.loads(item) if args.data else item)
-            if args.data and not str(problem.answer).strip():
-                raise ValueError("its answer is empty")
-            problems.append(problem)
+        with blame(f"{file}, line {i}: no object with a prompt"):
+            problems.append(to_problem(json.loads(item) if args.data else item))
     return problems
 
 
@@ -485,7 +486,11 @@ class SharedTeacher:
     def __init__(self, student, adapter: str):  # its folder; "" for none
         self.student, self.adapter = student, adapter
         if adapter:
+            logs = transformers.utils.logging
+            level = logs.get_verbosity()
+            logs.set_verbosity_error()  # it calls the student's own adapter missing
             student.load_adapter(adapter, "teacher")
+            logs.set_verbosity(level)
             for module in student.modules():
                 if isinstance(module, torch.nn.Dropout):
                     module.p = 0.0
@@ -533,6 +538,8 @@ def same_vocabulary(model, tokenizer, teacher, teacher_tokenizer) -> None:
         part.resize_token_embeddings(size)
         if part._hf_peft_config_loaded:  # an adapter goes with the base as it was
             part.config.vocab_size = padded
+        elif (part.config.pad_token_id or 0) >= size:  # cannot be loaded again
+            part.config.pad_token_id = None
     tokenizer.eos_token = teacher_tokenizer.eos_token
     stops = stop_ids(teacher, teacher_tokenizer)
     for config in (model.config, model.generation_config):
@@ -614,8 +621,11 @@ def pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
     return pad_sequence([torch.tensor(r) for r in rows], True, value, padding_side=side)
 
 
-def encode_prompts(tokenizer, problems: list[Problem], longest: int) -> list[list[int]]:
-    """Token ids of the prompts: text as it is, messages through the chat template."""
+def encode_prompts(
+    tokenizer, problems: list[Problem], longest: int, rows: int
+) -> list[list[int]]:
+    """Token ids of the prompts: text as it is, messages through the chat template. At
+    most `longest` ids, all below `rows`."""
     encoded = []
     for i, (prompt, *_) in enumerate(problems):
         with blame(f"prompt {i} ({str(prompt)[:60]!r}) cannot be used"):
@@ -627,6 +637,8 @@ def encode_prompts(tokenizer, problems: list[Problem], longest: int) -> list[lis
                 ids = ids["input_ids"]
             if not 0 < len(ids) <= longest:
                 raise ValueError(f"{len(ids)} tokens, there is room for {longest}")
+            if max(ids) >= rows:
+                raise ValueError(f"the model has no embedding of token {max(ids)}")
         encoded.append(ids)
     return encoded
 
@@ -712,6 +724,7 @@ def recordable(model) -> bool:
     ropes = str([getattr(module, "rope_type", "") for module in model.modules()])
     blind = "dynamic" not in ropes and "longrope" not in ropes
     blind &= getattr(model.config, "_experts_implementation", "") != "grouped_mm"
+    blind &= model._can_set_attn_implementation()  # old code copies from the host
     return model.device.type == "cuda" and blind and model._can_compile_fullgraph
 
 
@@ -1200,15 +1213,26 @@ def save_checkpoint(run_dir: Path, step: int, model, tokenizer, optimizer) -> No
 
 
 @contextlib.contextmanager
-def nothing_lost(args: Args, step: int, model, tokenizer, optimizer) -> Iterator[None]:
-    """Around a reward, which may end the run at any step: the step before is saved."""
+def nothing_lost(args: Args, step: int, parts: tuple, *logs: dict) -> Iterator[None]:
+    """Around sampling and rewards, which may end the run at any time: `step`, the last
+    whole one, is saved, whichever rank fails. parts: model, tokenizer, optimizer. In an
+    evaluation logs is what is not written yet: metrics, sample."""
+    error = None
     try:
         yield
-    except SystemExit:
+    except BaseException as e:
+        error = e
+    failed = torch.tensor(float(error is not None), device=args.device)
+    if not logs:  # in an evaluation the other ranks wait for sums, not for this
+        all_reduce(failed)
+    if failed > 0:
+        if logs:
+            write_logs(args, *logs)
         if RANK == 0:
-            run_dir = Path(args.run_dir)
-            save_checkpoint(run_dir, step - 1, model, tokenizer, optimizer)
-        raise
+            save_checkpoint(Path(args.run_dir), step, *parts)
+        if WORLD_SIZE > 1 and not logs:
+            dist.barrier()  # the end of one rank is the end of all
+        raise error or SystemExit(2)
 
 
 def draw_curve(run_dir: Path) -> None:
@@ -1281,7 +1305,8 @@ def parse_args() -> Args:
                 raise ValueError("it is of another script or version, with other flags")
             saved = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
             done = torch.load(last / "state.pt", "cpu", weights_only=True)["step"]
-        args, free = read_flags(saved), ("steps", "save_every", "track")
+        args, free = read_flags(saved), {"steps", "save_every", "track"}
+        free |= {"micro_batch_size", "rollout_batch_size"}  # memory may have run out
         for name, value in vars(saved).items():
             if getattr(args, name) != value and name not in free:
                 flag = f"--{name.replace('_', '-')}"
@@ -1294,7 +1319,8 @@ def parse_args() -> Args:
     if args.device == "auto":
         args.device = found[0]
     if args.device not in found:
-        fail(f"there is no {args.device} here: use --device cpu")
+        how = "--resume it where there is" if args.resume else "use --device cpu"
+        fail(f"there is no {args.device} here: {how}")
     with blame("the --run-dir cannot be used"):
         exists = Path(args.run_dir).exists()
     if exists and not args.resume:
@@ -1325,8 +1351,11 @@ def train(args: Args) -> int:
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
     known = hash_prompts(problems + held_out, args)
-    if args.data and any(p.answer is None for p in problems + held_out):
+    blank = [p.answer is None for p in problems + held_out]
+    if args.data and any(blank):
         reward = None
+        if not all(blank) and RANK == 0:
+            tqdm.write("some problems have no answer: no rewards, no pass@1")
     teacher, teacher_tokenizer = load_teacher(problems, args)
     name = args.model
     if name == "tiny":
@@ -1342,13 +1371,15 @@ def train(args: Args) -> int:
         teacher.to(args.device)
     same_vocabulary(model, tokenizer, teacher, teacher_tokenizer)
     longest = min(map(context_length, (model, teacher))) - args.max_new_tokens
-    prompts = encode_prompts(tokenizer, problems, longest)
-    tests = encode_prompts(tokenizer, held_out, longest)
+    rows = len(model.get_input_embeddings().weight)
+    prompts = encode_prompts(tokenizer, problems, longest, rows)
+    tests = encode_prompts(tokenizer, held_out, longest, rows)
     first = np.random.default_rng([args.seed, 1, 0]).permutation(len(problems))[0]
     if RANK == 0:
         tqdm.write(f"first prompt: {tokenizer.decode(prompts[first])!r}")
     how = dict(lr=0.0, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **how)
+    parts = model, tokenizer, optimizer
     if args.resume:
         state = torch.load(last / "state.pt", args.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
@@ -1365,7 +1396,7 @@ def train(args: Args) -> int:
         _lock = open_run(args, step, known)  # until this function returns
     if RANK == 0 and not args.resume:
         write_logs(args, {"step": 0} | metrics, {})
-        save_checkpoint(run_dir, 0, model, tokenizer, optimizer)
+        save_checkpoint(run_dir, 0, *parts)
     n, group_size = args.prompts_per_step, args.group_size
     steps = range(step + 1, args.steps + 1)
     bar = tqdm(steps, initial=step, total=args.steps, disable=RANK > 0)
@@ -1374,12 +1405,12 @@ def train(args: Args) -> int:
         epoch, place = divmod(step - 1, len(problems) // n)
         order = np.random.default_rng([args.seed, 1, epoch]).permutation(len(problems))
         batch = order[place * n : (place + 1) * n][RANK::WORLD_SIZE]
-        noise = uniforms(args, step, n, group_size)
-        rollout = generate(model, tokenizer, [prompts[i] for i in batch], noise, args)
-        clock.append(time.perf_counter())
-        if reward:  # for the logs only
-            posed = [problems[i] for i in batch for _ in range(group_size)]
-            with nothing_lost(args, step, model, tokenizer, optimizer):
+        asked, noise = [prompts[i] for i in batch], uniforms(args, step, n, group_size)
+        posed = [problems[i] for i in batch for _ in range(group_size)]
+        with nothing_lost(args, step - 1, parts):
+            rollout = generate(model, tokenizer, asked, noise, args)
+            clock.append(time.perf_counter())
+            if reward:  # for the logs only
                 rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
         clock.append(time.perf_counter())
         warm = min(1.0, step / max(args.warmup_steps, 1))
@@ -1388,26 +1419,27 @@ def train(args: Args) -> int:
         stats = update(model, teacher, optimizer, rollout, args)
         clock.append(time.perf_counter())
         metrics = {"step": step} | describe(rollout, clock, args) | stats
-        if step % args.eval_every == 0 or step == args.steps:
-            metrics |= evaluate(model, *task)
-            kl = metrics["eval/reverse_kl"]
-        stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0
         sample = {"prompt": tokenizer.decode(prompts[batch[0]])}  # the first group
         sample |= {"completions": rollout.texts[:group_size]}
         sample |= {"rewards": rollout.rewards[:group_size].tolist()}
+        if not reward:
+            del metrics["reward_mean"], sample["rewards"]
+        if step % args.eval_every == 0 or step == args.steps:
+            with nothing_lost(args, step, parts, metrics, sample):
+                metrics |= evaluate(model, *task)
+            kl = metrics["eval/reverse_kl"]
+        stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0
         shown = {"reverse_kl": metrics["reverse_kl"], "held out": kl}
         shown |= {"tokens/s": round(metrics["tokens_per_second"])}
         bar.set_postfix(shown, GB=metrics["peak_memory_gb"])
-        if not reward:
-            del metrics["reward_mean"], sample["rewards"]
         write_logs(args, metrics, sample)
         if step == 1 and RANK == 0:
             tqdm.write(f"first completion: {rollout.texts[0]!r}")
             tqdm.write("a loss near 0 is normal: watch reverse_kl")
         if (stop or step % args.save_every == 0 or step == args.steps) and RANK == 0:
-            save_checkpoint(run_dir, step, model, tokenizer, optimizer)
+            save_checkpoint(run_dir, step, *parts)
             draw_curve(run_dir)
-        if stop:
+        if stop and step < args.steps:
             if RANK == 0:
                 print(f"stopped after step {step}; to continue: --resume {run_dir}")
             return 130

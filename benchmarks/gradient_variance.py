@@ -66,7 +66,7 @@ def measure(vopd, seed: int, flags) -> dict:
         rng, size, rollouts = np.random.default_rng([seed, 2]), flags.batch_size, []
         for k in range(flags.batches):
             posed = [problems[i] for i in rng.integers(len(problems), size=size)]
-            prompts = vopd.encode_prompts(tokenizer, posed, 10**6)
+            prompts = vopd.encode_prompts(tokenizer, posed, 10**6, 10**6)
             noise = vopd.uniforms(args, 10**6 + k, size, 1)  # that no run has seen
             rollouts.append(vopd.generate(model, tokenizer, prompts, noise, args))
         model.train()

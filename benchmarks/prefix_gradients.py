@@ -50,7 +50,7 @@ def gradients(prefixrl, model, tokenizer, hard, traces, reward, kind, args, batc
     args = dataclasses.replace(args, prefix_low=low, prefix_high=high)
     args.mask_prefix, args.off_policy = kind != KINDS[-2], kind == KINDS[-1]
     args.plain_share, args.max_grad_norm = float(kind.startswith("plain")), 1e30
-    prefixed = prefixrl.cut_prefixes(traces, tokenizer.eos_token_id, args)
+    prefixed = prefixrl.cut_prefixes(traces, prefixrl.stop_ids(model, tokenizer), args)
     plain, keep = [(i, []) for i in range(len(hard[0]))], Keep(model.parameters(), 0.0)
     pool, rows, live = plain if kind.startswith("plain") else prefixed, [], []
     for k in range(10**4, 10**4 + batches):  # noise that no run has seen
@@ -96,7 +96,7 @@ def measure(prefixrl, seed: int, flags) -> dict:
         if after:
             name = run_until(prefixrl, after, seed, flags.run_flags) / "checkpoint"
         model, tokenizer = prefixrl.load_model(str(name), args)
-        hard = prefixrl.encode_prompts(tokenizer, posed, 10**6), posed
+        hard = prefixrl.encode_prompts(tokenizer, posed, 10**6, 10**6), posed
         rows, plain = policies.setdefault(f"step {after}", {}), None
         for kind in KINDS:
             parts = model, tokenizer, hard, traces, reward, kind, args, flags.batches

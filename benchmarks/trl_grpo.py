@@ -92,7 +92,7 @@ def main() -> None:
     name = grpo.tiny_model(problems, args.seed, args.tiny_steps)
     model, tokenizer = grpo.load_model(name, args)
     longest = model.config.max_position_embeddings - args.max_new_tokens
-    tests = grpo.encode_prompts(tokenizer, held_out, longest)
+    tests = grpo.encode_prompts(tokenizer, held_out, longest, 10**6)
     n = args.prompts_per_step
     if args.steps > len(problems) // n:
         grpo.fail(f"--steps {args.steps} is more than one pass over the problems")

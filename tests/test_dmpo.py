@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -361,7 +362,8 @@ def test_update_leaves_a_term_out(dmpo, dm_only, mask_truncated):
     """The gradient of a step is that of L_GRPO + lambda L_DM written out row by row in
     float64, equal groups included, which GRPO skips; --dm-only has the second term
     alone. The logged coefficients are the means of |dL/dphi_i| by the formula: for GRPO
-    A_i times the weights of its tokens, for L_DM lambda (2/G) q_i (d_i - sum q d)."""
+    A_i times the weights of its tokens, for L_DM lambda (2/G) q_i (d_i - sum q d). The
+    logged dm_loss is L_DM without lambda."""
     rollout = random_rollout(dmpo, 16, PROMPTS, LENGTHS, CUT)
     seen, stats = small_update(
         dmpo, rollout, dm_only=dm_only, mask_truncated=mask_truncated
@@ -371,21 +373,23 @@ def test_update_leaves_a_term_out(dmpo, dm_only, mask_truncated):
     advantages = dmpo.group_advantages(REWARDS, 4).tolist()
     model, loss = small_qwen3(16).double(), 0.0
     rows, grpo_size, dm_size = plain_logprobs(model, rollout), 0.0, 0.0
+    dm_loss = 0.0
     for start in 0, 4, 8:
         group = [i for i in range(start, start + 4) if kept[i]]
         size = len(group)
         p = torch.tensor(plain_softmax([REWARDS[i].item() * 15 for i in group]))
         q = torch.stack([rows[i].mean() for i in group]).softmax(-1)
-        loss = loss + LAMBDA * ((p - q) ** 2).sum() / size / 3
+        dm_loss = dm_loss + ((p - q) ** 2).sum() / size / 3
         d = (q - p).detach()
         pull = 2 / size * q * (d - (q * d).sum())
         dm_size += LAMBDA * pull.detach().abs().sum().item() / 3
         for i in group if not dm_only else ():
             loss = loss - advantages[i] * rows[i].sum() / z
             grpo_size += abs(advantages[i]) * LENGTHS[i] / z
-    loss.backward()
+    (loss + LAMBDA * dm_loss).backward()
     wanted = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert distance(seen[0], wanted) < 1e-6
+    assert stats["dm_loss"] == pytest.approx(dm_loss.item(), rel=1e-5)
     assert stats["grpo_coefficient"] == pytest.approx(grpo_size / sum(kept), rel=1e-4)
     assert stats["dm_coefficient"] == pytest.approx(dm_size / sum(kept), rel=1e-4)
     assert dm_size > 0.01 and (grpo_size > 0.1) != dm_only
@@ -411,7 +415,7 @@ def test_gradient_depends_on_the_micro_batch(dmpo, divergence):
 
 
 def test_everything_masked_is_0_divided_by_0(dmpo):
-    """A batch of which nothing is left leaves the weights alone.
+    """A batch of which nothing is left has a gradient of 0 and finite statistics.
     https://github.com/huggingface/trl/issues/5885"""
     rollout = random_rollout(dmpo, 16, PROMPTS, LENGTHS, [True] * 12)
     seen, stats = small_update(dmpo, rollout, mask_truncated=True)
@@ -906,3 +910,15 @@ def test_verdict_of_a_plug_in_is_a_traceback(dmpo, monkeypatch, capsys, judged):
         args = cpu_args(dmpo, eval_samples=2)
         dmpo.evaluate(None, None, [[]], [dmpo.Problem("", 0)], reward, args)
     assert stop.value.code == 2 and "reward.verify" in capsys.readouterr().err
+
+
+def test_verdict_that_is_no_bool_counts_twice(dmpo, monkeypatch):
+    """verify may say feasible with whatever is true or false: None, a match, 2."""
+    rollout = SimpleNamespace(texts=[*"abcd"], logprobs=torch.zeros(4, 1))
+    rollout.completion_mask = torch.ones(4, 1)
+    monkeypatch.setattr(dmpo, "generate", lambda *_: rollout)
+    reward, verdicts = lambda *_: 0.0, dict(a=None, b=2, c=re.match("c", "c"), d=0)
+    reward.verify = lambda problem, text: (verdicts[text], 0.5, text)
+    args = cpu_args(dmpo, eval_samples=4)
+    got = dmpo.evaluate(None, None, [[]], [dmpo.Problem("", 0)], reward, args)
+    assert got["eval/sr"] == 0.5 and got["eval/distinct_feasible"] == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -279,13 +280,13 @@ def test_mark_of_a_windows_editor_is_a_bad_line(grpo, tmp_path):
     assert {p.prompt for p in train + held_out} == {f"{i}é=" for i in range(40)}
 
 
-@pytest.mark.parametrize("flag", ["--data", "--eval-data"])
-def test_empty_answer_pays_for_an_empty_completion(refused, tmp_path, flag):
+@pytest.mark.parametrize("flag, answer", [("--data", " "), ("--eval-data", None)])
+def test_empty_answer_pays_for_an_empty_completion(refused, tmp_path, flag, answer):
     """Prompts exported without answers: "" is what an empty completion says, and a
-    model that stops at once gets a reward for each."""
+    model that stops at once gets a reward for each. null is no answer "None"."""
     lines = [LINE | {"prompt": f"{i}"} for i in range(40)]
     (tmp_path / "good.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    lines[7]["answer"] = " "
+    lines[7]["answer"] = answer
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     flags = {"--data": "good.jsonl", "--eval-data": "good.jsonl", flag: "bad.jsonl"}
     words = [word for pair in flags.items() for word in pair]
@@ -396,6 +397,55 @@ def test_failed_reward_loses_the_steps_before_it(name, step, train, tmp_path):
     file = "checkpoint/model.safetensors"
     saved, wanted = load_file(tmp_path / "run" / file), load_file(whole / file)
     assert all(torch.equal(saved[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_failed_evaluation_loses_the_steps_before_it(name, train, tmp_path):
+    """A reward that fails on a held-out problem does so after an update: that step is
+    saved and in the logs, without its evaluation, and the run goes on from there."""
+    steps = "--steps", "4", "--save-every", "100", "--eval-every", "2"
+    assert train(name, PLUGIN, *train.new(name), *steps)[0] == 0
+    (tmp_path / "run").rename(tmp_path / "whole")
+    lines = "    log = 'run/metrics.jsonl'\n    'eval' in problem.prompt and 2 == ("
+    lines += "os.path.exists(log) and open(log).read().count('\\n')) and 1 / 0\n"
+    broken = "import os\n" + PLUGIN.replace("    return", f"{lines}    return")
+    code, errors = train(name, broken, *train.new(name), *steps)
+    assert code == 2 and "ZeroDivisionError" in errors
+    state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
+    assert state["step"] == 2
+    assert train(name, PLUGIN, "--resume", "run")[0] == 0
+    whole, run = (metrics_of(tmp_path / folder) for folder in ("whole", "run"))
+    assert not any("eval/" in key for key in run[2])
+    assert [x["step"] for x in run] == [0, 1, 2, 3, 4]
+    for a, b in zip(whole, run):
+        assert a.keys() == b.keys() or a["step"] == 2
+        assert all(a[k] == b[k] for k in b if not re.search("second|memory", k))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_too_little_memory_for_a_rollout_loses_the_steps_before_it(
+    name, train, tmp_path, monkeypatch
+):
+    """Completions grow until the memory of a GPU is too small for them. The weights are
+    whole then: what was trained is saved, and goes on in smaller batches."""
+    script = load_script(name)
+    generate = script.generate
+
+    def full(*args):
+        log = tmp_path / "run/metrics.jsonl"
+        if log.exists() and log.read_text().count("\n") == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(*args)
+
+    monkeypatch.setattr(script, "generate", full)
+    steps = "--steps", "4", "--save-every", "100", "--eval-every", "100"
+    with pytest.raises(torch.OutOfMemoryError):
+        train(name, PLUGIN, *train.new(name), *steps)
+    state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
+    assert state["step"] == 2
+    monkeypatch.setattr(script, "generate", generate)
+    smaller = "--rollout-batch-size", "4", "--micro-batch-size", "8"
+    assert train(name, PLUGIN, "--resume", "run", *smaller)[0] == 0
 
 
 FOLDER_SCRIPTS = *SCRIPTS, "ppo_envs"
@@ -580,6 +630,14 @@ def test_model_that_cannot_stop_is_trained(refused, tmp_path):
     tokenizer = char_tokenizer(pad_token="<pad>")
     save_model(tmp_path / "no-eos", small_qwen3(len(tokenizer)), tokenizer)
     refused("--model", "./no-eos", words=("EOS",))
+
+
+def test_token_without_an_embedding_is_looked_up(refused, tmp_path):
+    """Tokens added to a tokenizer but not to the model: on a GPU an assertion of the
+    device that names neither."""
+    tokenizer = char_tokenizer()
+    save_model(tmp_path / "few", small_qwen3(len(tokenizer) - 50), tokenizer)
+    refused("--model", "./few", words=("prompt 0", "embedding of token"))
 
 
 def test_absent_device_shows_a_traceback(refused, monkeypatch):

@@ -71,6 +71,7 @@ def test_batches_of_one_epoch_are_taken_for_independent(kind, monkeypatch):
     pool = [(i, []) for i in range(12)]
     monkeypatch.setattr(script, "cut_prefixes", lambda *_: pool)
     tokenizer, model = SimpleNamespace(eos_token_id=1), torch.nn.Linear(1, 1)
+    model.generation_config = SimpleNamespace(eos_token_id=1)
     around = tokenizer, (pool, pool), {}, None, kind, script.Args(prompts_per_step=4)
     program.gradients(script, model, *around, 100)
     assert all(len(batch) == 4 for batch in drawn)

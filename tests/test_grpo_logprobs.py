@@ -284,6 +284,9 @@ def test_model_that_looks_at_values_is_recorded(grpo, monkeypatch):
         monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     assert grpo.recordable(dense)
     assert not grpo.recordable(stretched) and not grpo.recordable(experts)
+    with monkeypatch.context() as patch:  # attention of its own, as Falcon's
+        patch.setattr(type(dense), "_can_set_attn_implementation", lambda _: False)
+        assert not grpo.recordable(dense)
     monkeypatch.setattr(type(dense), "_can_compile_fullgraph", False)
     assert not grpo.recordable(dense)
 
@@ -567,7 +570,7 @@ def test_training_on_tokens_that_were_not_sampled(grpo, monkeypatch):
     )
     model = small_qwen3(len(words))
     problems = [grpo.Problem("abc", None), grpo.Problem("da", None)]
-    prompts = grpo.encode_prompts(tokenizer, problems, 50)
+    prompts = grpo.encode_prompts(tokenizer, problems, 50, 10**6)
     noise, args = random_noise(16, 6), cpu_args(grpo, max_new_tokens=6)
     rollout = grpo.generate(model, tokenizer, prompts, noise, args)
     changed = 0
@@ -624,18 +627,18 @@ def test_two_bos_or_a_template_applied_twice(grpo, capsys):
     characters = lambda text: tokenizer.convert_tokens_to_ids(list(text))
     chat = [{"role": "system", "content": "Be"}, {"role": "user", "content": "2+2?"}]
     problems = [grpo.Problem(chat, 4), grpo.Problem("2+2=", 4)]
-    of_chat, of_text = grpo.encode_prompts(tokenizer, problems, 100)
+    of_chat, of_text = grpo.encode_prompts(tokenizer, problems, 100, 10**6)
     rendered = "[system]Be\n[user]2+2?\n[assistant]"
     assert list(of_chat) == [bos, *characters(rendered)]
     again = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
     assert list(of_chat) == list(again["input_ids"])
     assert list(of_text) == [bos, *characters("2+2=")]
     ready = grpo.Problem(f"{tokenizer.bos_token}2+2=", 4)  # text that has its BOS
-    assert grpo.encode_prompts(tokenizer, [ready], 100) == [of_text]
+    assert grpo.encode_prompts(tokenizer, [ready], 100, 10**6) == [of_text]
 
     tokenizer.chat_template = None
     with pytest.raises(SystemExit) as stopped:
-        grpo.encode_prompts(tokenizer, problems[:1], 100)
+        grpo.encode_prompts(tokenizer, problems[:1], 100, 10**6)
     assert stopped.value.code == 2
     assert "error: prompt 0" in capsys.readouterr().err
 

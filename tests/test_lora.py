@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import (
     PLUGIN,
     ROOT,
@@ -347,6 +348,25 @@ def test_shared_teacher_is_the_student(teacher, cli, tmp_path):
     assert logs[0] == logs[1]
     assert logs[0][0]["eval/reverse_kl"] > 0.1 and logs[0][-1]["grad_norm"] > 0
     assert logs[0][0]["eval/teacher_reverse_kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_shared_teacher_is_said_to_be_untrained(cli, monkeypatch):
+    """transformers reports the student's adapter as missing from the teacher's files,
+    newly initialised and in need of training: it is neither, and nobody is told so."""
+    save_adapter("student", "model", seed=1)
+    save_adapter("of-teacher", "model", seed=2)
+    mixin, logs = transformers.integrations.peft.PeftAdapterMixin, []
+    level, load = transformers.utils.logging.get_verbosity, mixin.load_adapter
+    before = level()
+
+    def note(model, name, *rest):
+        logs.append((rest, level()))
+        return load(model, name, *rest)
+
+    monkeypatch.setattr(mixin, "load_adapter", note)
+    assert cli("vopd", model="student", teacher="of-teacher").code == 0
+    assert logs[-1] == (("teacher",), transformers.utils.logging.ERROR)
+    assert level() == before
 
 
 @pytest.mark.parametrize("more", ["head", "embedding"])

@@ -73,7 +73,8 @@ def test_other_devices_have_other_targets(ppo, name, limit):
     """A GPU asks for the value of every final observation, so as not to wait for the
     rows where there is one; where the episode went on, the value of the next state was
     added to that. What is collected on a device that is not called "cpu" is the same,
-    and each next value is V(final observation) at an end, else V(next observation)."""
+    and each next value is V(final observation) at an end, else V(next observation),
+    also after the last step of the batch."""
     batches = []
     for device in "cpu", "cpu:0":
         args = args_of(ppo, env=name, num_envs=48, seed=3, device=device)
@@ -93,6 +94,10 @@ def test_other_devices_have_other_targets(ppo, name, limit):
     ended = (batch["terminated"] | batch["truncated"])[:-1]
     values, next_values = batch["values"][1:], batch["next_values"][:-1]
     torch.testing.assert_close(next_values[~ended], values[~ended])
+    on = ~(batch["terminated"] | batch["truncated"])[-1]
+    assert on.any()
+    (values,) = agent.value(live["obs"])
+    torch.testing.assert_close(batch["next_values"][-1][on], values[on])
 
 
 # ------------------------------------ Advantages --------------------------------------
@@ -328,7 +333,8 @@ def float64():
 @pytest.mark.parametrize("max_norm", [0.2, 1e3])  # always, and never clipped
 def test_step_is_not_that_of_clipped_adam(ppo, float64, max_norm):
     """Weights after four epochs are those of torch's own autograd, clip_grad_norm_ and
-    Adam on networks of torch.nn, minibatch after minibatch."""
+    Adam on networks of torch.nn, minibatch after minibatch; and so are the statistics
+    on the way there."""
     agent, batch, args = learner(ppo, max_grad_norm=max_norm, value_coef=0.7)
     layer, tanh = torch.nn.Linear, torch.nn.Tanh
     nets = [
@@ -348,8 +354,10 @@ def test_step_is_not_that_of_clipped_adam(ppo, float64, max_norm):
     obs, actions, old = (rows(batch[x]) for x in ("obs", "actions", "logprobs"))
     torch.manual_seed(1)
     stats, norms = ppo.learn(agent, batch, args), []
+    found, noise = [], torch.zeros(2)
     torch.manual_seed(1)
     for _ in range(args.epochs):
+        last = None
         for i in torch.randperm(512).split(64):
             logprobs = nets[0](obs[i].double()).log_softmax(-1)
             ratio = (logprobs.gather(1, actions[i, None].long())[:, 0] - old[i]).exp()
@@ -358,11 +366,26 @@ def test_step_is_not_that_of_clipped_adam(ppo, float64, max_norm):
             errors = (nets[1](obs[i].double())[:, 0] - rows(returns)[i]) ** 2
             optimizer.zero_grad()
             (0.35 * errors.mean() - gain).backward()
+            gradient = torch.cat([p.grad.flatten() for p in nets[0].parameters()])
+            if last is not None:  # 64 |g - g'|^2 / 2 and g.g' over disjoint data
+                spread = ((gradient - last) ** 2).sum() / 2
+                noise += torch.stack([64 * spread, gradient @ last])
+            last, entropy = gradient, -(logprobs.exp() * logprobs).sum(-1).mean()
+            out = torch.where(a > 0, ratio > 1.2, ratio < 0.8).double().mean()
+            found.append(torch.stack([-gain, errors.mean() / 2, entropy, out]).detach())
             norms.append(torch.nn.utils.clip_grad_norm_(weights, max_norm))
             optimizer.step()
     expected = torch.cat([(p.T if p.ndim == 2 else p).flatten() for p in weights])
     torch.testing.assert_close(agent.theta, expected.detach(), atol=1e-6, rtol=0)
     assert stats["grad_norm"].item() == pytest.approx(sum(norms).item() / 32, rel=1e-6)
+    names = "policy_loss", "value_loss", "entropy", "clip_fraction"
+    wanted = dict(zip(names, torch.stack(found).mean(0).tolist()))
+    wanted["gradient_noise_scale"] = (noise[0] / noise[1]).item()
+    left = (returns - batch["values"]).var() / returns.var()
+    wanted["explained_variance"] = 1 - left.item()
+    got = {name: stats[name].item() for name in wanted}
+    assert got == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+    assert got["clip_fraction"] > 0.01 and noise[1] > 0
 
 
 @pytest.mark.parametrize("changes", [{}, dict(env="pendulum", ewma_com=2.0)])
@@ -722,8 +745,11 @@ def test_gymnasium_autoreset_is_off_by_one(ppo):
     assert ends > 3 and (env.obs_size, env.outputs, env.discrete) == (4, 2, True)
     env = ppo.make_env(args_of(ppo, env="gym:Pendulum-v1"), 3)
     env.reset()
-    obs, rewards, *_ = env.step(torch.full((3, 1), 50.0))
+    advance, taken = env.advance, []
+    env.advance = lambda *x: (taken.append(x[-1]), advance(*x))[1]
+    obs, rewards, *_ = env.step(torch.tensor([[50.0], [-50.0], [0.5]]))
     assert obs.shape == (3, 3) and rewards.shape == (3,) and env.outputs == 2
+    assert taken[0].tolist() == [[2.0], [-2.0], [0.5]]  # not each clips by itself
 
 
 def test_gymnax_final_observation_is_lost(ppo):
@@ -891,24 +917,44 @@ def test_nan_is_saved_over_the_last_good(ppo, run, tmp_path, monkeypatch, capsys
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2]
 
 
-def test_ranks_measure_the_kl_on_more_states(ppo, monkeypatch):
-    """KL and DDR are of up to 2^12 states of the batch, however many ranks there are:
-    each takes its share of these."""
+def test_ranks_measure_the_kl_on_other_states(ppo, monkeypatch):
+    """KL and DDR are of the same states, up to 2^12 of the batch, however many ranks
+    there are: each takes those of its environments, here no whole number of strides."""
 
-    def count(_, states):
-        raise RuntimeError(len(states))
+    def catch(_, states):
+        seen.extend(states.tolist())
+        raise InterruptedError
 
-    args = args_of(ppo, num_envs=64, rollout_length=256)
-    env = ppo.make_env(args, 64)
-    agent, batch = ppo.Agent(env, args), {}
-    live = {"obs": env.reset(), "episode": torch.zeros(2, 64)}
-    ppo.collect(agent, env, live, batch, args)
+    args = args_of(ppo, num_envs=60, rollout_length=256)
+    env = ppo.make_env(args, 60)
+    agent, whole, found = ppo.Agent(env, args), {}, []
+    live = {"obs": env.reset(), "episode": torch.zeros(2, 60)}
+    ppo.collect(agent, env, live, whole, args)
     monkeypatch.setattr(ppo, "all_reduce", lambda x, *_: x)
-    monkeypatch.setattr(ppo, "in_pieces", count)
-    for ranks, states in (1, 4096), (2, 2048), (4, 1024):
+    monkeypatch.setattr(ppo, "in_pieces", catch)
+    for ranks in 1, 2, 3, 4:
         monkeypatch.setattr(ppo, "WORLD_SIZE", ranks)
-        with pytest.raises(RuntimeError, match=f"^{states}$"):
-            ppo.learn(agent, batch, args)
+        seen = []
+        for rank in range(ranks):
+            monkeypatch.setattr(ppo, "RANK", rank)
+            batch = {key: x[:, ppo.share(60)] for key, x in whole.items()}
+            with pytest.raises(InterruptedError):
+                ppo.learn(agent, batch, args)
+        found.append(sorted(seen))
+    assert len(found[0]) == 3840 and found[1:] == found[:1] * 3
+
+
+def test_ranks_have_another_kl(torchrun, tmp_path):
+    """With more states than are looked at, KL and DDR of two ranks are those of one
+    process."""
+    flags = "--num-envs", 30, "--rollout-length", 192, "--minibatch-size", 640
+    for ranks in 1, 2:
+        folder = "--run-dir", f"run-{ranks}"
+        done = torchrun(ranks, *SMALL, *flags, "--steps", 1, *folder)
+        assert done.returncode == 0, done.stderr
+    one, two = (metrics_of(tmp_path / f"run-{n}")[-1] for n in (1, 2))
+    for name in "kl", "ddr":
+        assert two[name] == pytest.approx(one[name], rel=1e-5)
 
 
 def test_curve_has_a_point_before_the_first_episode_ends(ppo, tmp_path, monkeypatch):

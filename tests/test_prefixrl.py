@@ -262,17 +262,20 @@ def test_prefixes_change_from_run_to_run_or_with_each_other(script):
     prefixes of one problem do not depend on which other problems have a trace."""
     traces = {i: script.Trace([*range(10 * i, 10 * i + 30), 1]) for i in range(1, 9)}
     args = cpu_args(script)
-    first = script.cut_prefixes(traces, 1, args)
-    assert first == script.cut_prefixes(traces, 1, args) and len(first) == 24
-    assert first != script.cut_prefixes(traces, 1, cpu_args(script, seed=2))
-    fewer = script.cut_prefixes({5: traces[5]}, 1, args)
+    first = script.cut_prefixes(traces, [1], args)
+    assert first == script.cut_prefixes(traces, [1], args) and len(first) == 24
+    assert first != script.cut_prefixes(traces, [1], cpu_args(script, seed=2))
+    fewer = script.cut_prefixes({5: traces[5]}, [1], args)
     assert fewer == [pair for pair in first if pair[0] == 5]
-    assert not script.cut_prefixes(traces, 1, cpu_args(script, prefixes_per_problem=0))
+    assert not script.cut_prefixes(
+        traces, [1], cpu_args(script, prefixes_per_problem=0)
+    )
 
 
 def test_evaluation_counts_the_stop_token_as_part_of_the_trace(script, monkeypatch):
     """With its EOS a trace of 9 ids has 10, and 20, 40 ... 80 % of it are other cuts
-    than those of training: eval/from_80% starts at 7 ids, with and without an EOS."""
+    than those of training: eval/from_80% starts at 7 ids, with and without a token at
+    its end that stops a completion, be it the tokenizer's or the model's."""
     seen, ids, problem = [], [*range(10, 19)], script.Problem("p", "a")
 
     def evaluate(model, tokenizer, prompts, prefixes, *rest):
@@ -280,11 +283,13 @@ def test_evaluation_counts_the_stop_token_as_part_of_the_trace(script, monkeypat
         return {"eval/pass@1": 0.0}
 
     monkeypatch.setattr(script, "evaluate", evaluate)
-    traces = {0: script.Trace([*ids, 1]), 1: script.Trace(ids)}
-    hard, tokenizer = ([[5], [6]], [problem] * 2), SimpleNamespace(eos_token_id=1)
+    traces = {i: script.Trace([*ids, *end]) for i, end in enumerate(([1], [], [40]))}
+    hard, tokenizer = ([[5]] * 3, [problem] * 3), SimpleNamespace(eos_token_id=1)
+    config = SimpleNamespace(eos_token_id=[1, 40])
     around = ([[7]], [problem]), hard, traces, None, cpu_args(script)
-    script.evaluate_all(None, tokenizer, *around)
-    assert seen[2:] == [[ids[:h]] * 2 for h in (0, 1, 3, 5, 7)]
+    model = SimpleNamespace(generation_config=config)
+    script.evaluate_all(model, tokenizer, *around)
+    assert seen[2:] == [[ids[:h]] * 3 for h in (0, 1, 3, 5, 7)]
 
 
 def test_trace_ends_inside_its_prefix(script):
@@ -294,7 +299,22 @@ def test_trace_ends_inside_its_prefix(script):
     traces = {0: script.Trace([5, 1]), 1: script.Trace([5, 6, 1]), 2: script.Trace([7])}
     traces[3] = script.Trace([1])
     args = cpu_args(script, prefix_low=0.9, prefix_high=1.0)
-    assert script.cut_prefixes(traces, 1, args) == [(1, [5])] * 3
+    assert script.cut_prefixes(traces, [1], args) == [(1, [5])] * 3
+    traces = {0: script.Trace([5, 40]), 1: script.Trace([5, 6, 40])}  # another stop
+    assert script.cut_prefixes(traces, [1, 40], args) == [(1, [5])] * 3
+
+
+def test_end_of_a_chat_models_turn_is_in_a_prefix(cli, script, tmp_path, monkeypatch):
+    """A trace may end with any token that ends a completion, those of the model's
+    generation_config as well, and no prefix may have it."""
+    tokenizer, seen = char_tokenizer(), []
+    model = small_qwen3(len(tokenizer), eos_token_id=[1, 40])
+    save_model(tmp_path / "chat", model, tokenizer)
+    empty = lambda traces, stops, args: seen.append(stops) or []
+    monkeypatch.setattr(script, "cut_prefixes", empty)
+    result = cli(model="chat")
+    assert result.code == 2 and "prefixes are empty" in result.errors[0]
+    assert seen == [[1, 40]]
 
 
 def test_prefix_is_in_the_loss(script, model):
@@ -548,10 +568,29 @@ def test_flops_of_an_update_are_not_what_it_reads(script, checkpointing):
     assert script.trained_tokens(rollout, A, args) == 2 * (rows + 29)
 
 
-def test_flops_of_a_run_leave_a_phase_out(cli, script, tmp_path, small_folder):
+def test_flops_of_a_run_leave_a_phase_out(
+    cli, script, tmp_path, small_folder, monkeypatch
+):
     """Search, traces, imitation and every step are counted, evaluation is not: all
-    logged sums are rebuilt here from what the run recorded."""
-    assert cli(steps=3, sft_epochs=2, eval_every=100).code == 0
+    logged sums are rebuilt here from what the run recorded. Groups of equal rewards
+    cost a step no backward pass."""
+    update, costs, groups = script.update, [], []
+
+    def count(model, reference, optimizer, rollout, advantages, args):
+        cost, n = 0, args.group_size
+        lengths = rollout.completion_mask.sum(-1).int().tolist()
+        prompt = rollout.attention_mask.sum(-1).int().tolist()[::n]
+        for i in range(0, len(lengths), n):
+            own, live = lengths[i : i + n], (advantages[i : i + n] != 0).tolist()
+            shared = prompt[i // n] - own[0]
+            cost += 2 * (shared + sum(own)) + 6 * (shared * any(live))
+            cost += 6 * sum(x for x, y in zip(own, live) if y)
+            groups.append(any(live))
+        costs.append(cost)
+        return update(model, reference, optimizer, rollout, advantages, args)
+
+    monkeypatch.setattr(script, "update", count)
+    assert cli(steps=3, sft_epochs=2, eval_every=100, group_size=2).code == 0
     lines, found = metrics_of(tmp_path / "run"), records(tmp_path / "run")
     weights = load_file(f"{small_folder}/model.safetensors")
     n = sum(w.numel() for w in weights.values())
@@ -573,11 +612,9 @@ def test_flops_of_a_run_leave_a_phase_out(cli, script, tmp_path, small_folder):
     assert 6 * n * least <= first["flops_sft"] <= 6 * n * most
     phases = ("flops_hard_search", "flops_traces", "flops_sft")
     assert first["flops"] == sum(first[name] for name in phases)
-    for before, line in itertools.pairwise(lines):
-        step = line["flops"] - before["flops"]
-        completions = round(line["completion_length"] * 16)
-        assert step > 2 * n * completions and step % (2 * n) == 0
-        assert step <= (2 + 6) * n * (completions + 16 * (max(prompt.values()) + 4))
+    spent = [b["flops"] - a["flops"] for a, b in itertools.pairwise(lines)]
+    costs = costs[-3:]  # the others are of imitation
+    assert spent == [n * cost for cost in costs] and {*groups[-12:]} == {True, False}
 
 
 def test_runs_end_at_unequal_cost(cli, tmp_path):
@@ -775,7 +812,7 @@ def test_trace_ids_are_made_anew_from_text(script, tmp_path):
         str(file), Pairs(), [[5], [6]], problems, reward, 100, args
     )
     assert traces == {0: script.Trace([3, 4, 9, 3, 4]), 1: script.Trace([9, 9, 1])}
-    cuts = script.cut_prefixes(traces, 1, args)
+    cuts = script.cut_prefixes(traces, [1], args)
     assert {tuple(z) for i, z in cuts if i == 0} <= {(3, 4), (3, 4, 9), (3, 4, 9, 3)}
 
 
@@ -953,7 +990,7 @@ def test_baseline_uses_what_it_must_not(cli, script, tmp_path, monkeypatch, arm)
 def test_resume_loses_the_prefixes_or_the_flops(cli, tmp_path):
     """5 steps and 3 more are 8: traces, cuts, places in both pools, Adam and the sum of
     FLOPs are those of the run that was not stopped, after imitation and off-policy
-    too; the cache may be gone by then."""
+    too; the cache may be gone by then, and the log be longer than what was saved."""
     for i, (given, changes) in enumerate(
         (([], {}), (["--off-policy"], dict(prefixes_per_problem=0, sft_epochs=1)))
     ):
@@ -961,6 +998,10 @@ def test_resume_loses_the_prefixes_or_the_flops(cli, tmp_path):
         assert cli(*given, run_dir=whole, steps=8, eval_every=4, **changes).code == 0
         assert cli(*given, run_dir=half, steps=4, eval_every=4, **changes).code == 0
         shutil.rmtree(tmp_path / "runs")
+        last = metrics_of(tmp_path / half)[-1]
+        ahead = json.dumps(last | {"step": 5, "flops": 2 * last["flops"]})
+        with (tmp_path / half / "metrics.jsonl").open("a") as log:
+            log.write(f'{ahead}\n{{"step": 6, "fl')
         assert cli("--resume", half, "--steps", "8").code == 0
         check_same_run(tmp_path / half, tmp_path / whole)
 

@@ -240,6 +240,19 @@ def test_interrupt_loses_the_run(server, number):
     check_same_run(run_dir, whole)
 
 
+def test_interrupt_in_the_last_step_asks_for_a_resume(cli, tmp_path):
+    """A Ctrl-C during the last step comes too late to stop anything: there would be
+    nothing left to resume. The run is whole, and ends as such."""
+    late = "    log = 'run/metrics.jsonl'\n    if os.path.exists(log) and 2 == ("
+    late += "open(log).read().count('\\n')) and 'eval' in problem.prompt:\n"
+    late += "        os.kill(os.getpid(), signal.SIGINT)\n    return"
+    plugin = "import os, signal\n" + PLUGIN.replace("    return", late)
+    (tmp_path / "task.py").write_text(plugin)
+    result = cli("--steps", "2", "--eval-samples", "1", "--eval-prompts", "1")
+    assert result.code == 0 and state_of(tmp_path / "run")["step"] == 2
+    assert "stopped" not in result.stdout and "run folder: run" in result.stdout
+
+
 PIPED = {
     "grpo": "--task task.py --prompts-per-step 2 --max-new-tokens 4 --eval-prompts 2",
     "ppo_envs": "--num-envs 4 --minibatch-size 32 --hidden-size 8 --eval-episodes 4",

@@ -187,8 +187,8 @@ def trained_and_held_out(grpo, monkeypatch, cli, *flags: str) -> tuple[list, lis
     seen = {}
     real = grpo.encode_prompts
 
-    def spy(tokenizer, problems, longest):
-        ids = real(tokenizer, problems, longest)
+    def spy(tokenizer, problems, *limits):
+        ids = real(tokenizer, problems, *limits)
         seen[len(seen)] = [tokenizer.decode(prompt) for prompt in ids]
         return ids
 

@@ -266,7 +266,8 @@ def test_ranks_that_start_in_two_seconds_have_two_folders(name, run, tmp_path):
 def test_a_rank_dies_and_the_others_wait(how, home, monkeypatch):
     """One rank gone, by an error in its reward or by the kernel for want of memory, and
     the others would wait for its gradients until somebody looks. The job ends with its
-    error, and what was logged before is whole."""
+    error, and what was logged before is whole. A failed reward tells the others: the
+    step before it is saved, and its error is the only one."""
     monkeypatch.setenv("END", f"1 {how}")
     begin = time.monotonic()
     code, out = torchrun("grpo", 2, home, **COMMON)
@@ -275,6 +276,9 @@ def test_a_rank_dies_and_the_others_wait(how, home, monkeypatch):
     assert ("SIGKILL" if how == "kill" else f"RuntimeError: {how}") in out
     logged = records(home / "run", "metrics.jsonl")
     assert [r["step"] for r in logged] == [0, 1]
+    state = torch.load(home / "run/checkpoint/state.pt", weights_only=True)
+    assert state["step"] == (how != "kill")
+    assert how == "kill" or "Connection closed" not in out
 
 
 @pytest.mark.parametrize(

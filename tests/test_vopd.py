@@ -434,8 +434,8 @@ def test_logits_exist_whole_or_are_kept(vopd, monkeypatch):
 
 def test_truncated_completions_count(vopd):
     """With --mask-truncated a completion without an EOS is in neither the numerator nor
-    the denominator: the gradient is that of the others alone; with nothing left there
-    is no loss and no step. https://github.com/huggingface/trl/issues/6369"""
+    the denominator: the gradient is that of the others alone; with nothing left it is
+    0. https://github.com/huggingface/trl/issues/6369"""
     lengths, cut = [3, 5, 2, 5], [False, True, False, True]
     rollout = random_rollout(vopd, 30, [2, 3, 4, 1], lengths, cut)
     teacher = small_qwen3(30, seed=1)
@@ -527,6 +527,11 @@ def test_padding_of_the_vocabulary_is_sampled_or_scored(vopd, cli, folders, tmp_
     saved = load_file(tmp_path / "run/checkpoint/model.safetensors")
     assert saved["model.embed_tokens.weight"].shape[0] == v
     assert cli("--resume", "run", "--steps", 3).code == 0
+    odd = save_model(
+        tmp_path / "odd", small_qwen3(v + 3, pad_token_id=v + 1), loaded[0][1]
+    )
+    assert cli(model=odd, run_dir="run-odd").code == 0  # its padding's row is cut, too
+    assert cli("--resume", "run-odd", "--steps", 3).code == 0
 
 
 def test_student_never_ends_as_its_teacher_does(vopd, cli, folders, tmp_path):
@@ -570,6 +575,16 @@ def test_teacher_with_other_ids_is_believed(vopd, cli, folders, tmp_path):
         assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_teacher_scores_beyond_its_context(vopd, cli, folders, tmp_path):
+    """A student with a longer context writes what its teacher cannot read."""
+    tokenizer = char_tokenizer()
+    small = small_qwen3(len(tokenizer), max_position_embeddings=12)
+    teacher = save_model(tmp_path / "small", small, tokenizer)
+    result = cli(teacher=teacher, max_new_tokens=8)
+    assert result.code == 2 and "there is room for 4" in result.errors[0], result
+    assert not (tmp_path / "run").exists()
+
+
 def test_wrong_flag_is_a_traceback_or_runs(cli, folders, tmp_path):
     """One line, exit code 2, nothing written."""
     before = sorted(tmp_path.rglob("*"))
@@ -592,7 +607,7 @@ def test_wrong_flag_is_a_traceback_or_runs(cli, folders, tmp_path):
 def test_prompts_without_answers_are_refused_or_rewarded(cli, tmp_path):
     """Distillation needs prompts only: without answers there is no reward, and none is
     made up (None is no answer "None"); with answers it is reported, and it changes
-    nothing of the training."""
+    nothing of the training. A blank answer is none; a line says so if only some are."""
     for name, line in (("bare", {}), ("posed", {"answer": "7"})):
         lines = [json.dumps({"prompt": f"{i}+1="} | line) for i in range(40)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
@@ -601,6 +616,11 @@ def test_prompts_without_answers_are_refused_or_rewarded(cli, tmp_path):
     bare, posed = (logged(tmp_path / name) for name in ("bare", "posed"))
     assert not any("reward" in key or "pass" in key for line in bare for key in line)
     assert "pass" not in result.stderr
+    lines = [{"prompt": f"{i}+1=", "answer": "7 "[i == 20 :]} for i in range(40)]
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    result = cli(data="some.jsonl", task=None, run_dir="some")
+    assert logged(tmp_path / "some") == logged(tmp_path / "bare")
+    assert "some problems have no answer" in "".join(result.stdout + result.stderr)
     assert all("reward_mean" in line for line in posed[1:])
     assert "eval/pass@1" in posed[0] and "eval/teacher_pass@1" in posed[0]
     for a, b in zip(bare, posed):
@@ -611,7 +631,8 @@ def test_prompts_without_answers_are_refused_or_rewarded(cli, tmp_path):
 
 def test_table_or_evaluation_shows_another_number(vopd, cli, folders, tmp_path):
     """What is printed is what metrics.jsonl has; the teacher's KL to itself is 0, and
-    the student's is the mean over fresh tokens of the exact KL."""
+    the student's is the mean over fresh tokens of the exact KL, whichever estimator it
+    is trained with."""
     result = cli(eval_samples=8, steps=3)
     lines = metrics_of(tmp_path / "run")
     table = result.stdout[result.stdout.index("student before") :]
@@ -625,6 +646,7 @@ def test_table_or_evaluation_shows_another_number(vopd, cli, folders, tmp_path):
         assert [float(x) for x in row.split()[1:]] == [round(x, 3) for x in wanted]
     assert lines[0]["eval/teacher_reverse_kl"] == 0
     args = cpu_args(vopd, max_new_tokens=4, eval_samples=8, temperature=0.8)
+    args.estimator, args.top_k = "topk", 2
     (student, tokenizer), (teacher, other) = (
         vopd.load_model(x, args) for x in folders[:2]
     )
@@ -665,6 +687,10 @@ def test_resume_is_another_run(cli, tmp_path, estimator):
     for name in "samples.jsonl", "checkpoint/model.safetensors":
         assert (half / name).read_bytes() == (whole / name).read_bytes()
     a, b = (torch.load(x / "checkpoint/state.pt") for x in (half, whole))
+    (group,) = b["optimizer"]["param_groups"]
+    args = json.loads((whole / "args.json").read_text())["args"]
+    decay = 1 + 10 / args["decay_steps"]
+    assert group["lr"] == pytest.approx(args["learning_rate"] / decay, rel=1e-12)
     moments = [x["optimizer"]["state"] for x in (a, b)]
     for i, state in moments[0].items():
         assert all(torch.equal(state[x], moments[1][i][x]) for x in state)
