@@ -362,19 +362,35 @@ TASKS["countdown"] = countdown_problems, countdown_reward, 3  # 3: default size
 def answer_reward(problem: Problem, completion: str) -> float:
     """For --data: 1.0 if the answer is the text after the last "Answer:" (all the text
     if there is none) or the last number in it, else 0.0."""
-    text = completion[-1000:].rpartition("Answer:")[2]
-    text = text.strip("* \r\n\t").rstrip("*. \r\n\t")  # **Answer: B.**
-    numbers = re.findall(r"(?:(?<![\w)])-)?[0-9]+(?:[.,][0-9]+)*", text)
-    return float(str(problem.answer).strip() in (text, *numbers[-1:]))
+    texts = str(problem.answer), completion[-1000:].rpartition("Answer:")[2]
+    texts = [text.replace("\N{MINUS SIGN}", "-") for text in texts]  # **Answer: B.**
+    answer, text = (x.strip("* \r\n\t").rstrip("*. \r\n\t") for x in texts)
+    number = r"(?:(?<![\w)])-)?(?:[0-9]+(?:[.,/][0-9]+)*|(?<![0-9])[.][0-9]+)"
+    numbers = re.findall(number, text)
+    return float(answer != "" and answer in (text, *numbers[-1:]))
+
+
+def check_prompt(prompt) -> None:
+    """ValueError unless it is text, or chat messages that the model is to answer."""
+    if isinstance(prompt, str):
+        return
+    for message in prompt if isinstance(prompt, list) and prompt else [None]:
+        message = message if isinstance(message, dict) else {}
+        said = isinstance(message.get("content"), str) or "tool_calls" in message
+        if not (isinstance(message.get("role"), str) and said):
+            raise ValueError("its prompt is neither text nor messages: role, content")
+    if message["role"] == "assistant":
+        raise ValueError("its messages end with an answer of the assistant")
 
 
 def to_problem(item: Problem | dict) -> Problem:
     """A line of --data, or what a task.py yields, as a Problem."""
-    if not isinstance(item, Problem):
-        item = Problem(item["prompt"], item["answer"], item.get("solution"))
-    item = item._replace(solution="" if item.solution is None else str(item.solution))
-    f"{item.prompt}{item.solution}".encode()  # half a character is an error
-    return item
+    item = item._asdict() if isinstance(item, tuple) else item
+    prompt, solution = item["prompt"], item.get("solution")
+    check_prompt(prompt)
+    solution = "" if solution is None else str(solution)
+    f"{prompt}{solution}".encode()  # half a character is an error
+    return Problem(prompt, item["answer"], solution)
 
 
 def open_task(args: Args) -> tuple:
@@ -395,6 +411,7 @@ def open_task(args: Args) -> tuple:
     if args.task.endswith(".py"):
         needs = "it needs the functions problems and reward"
         with blame(f"cannot load {args.task} ({needs})"):
+            sys.path.append(str(Path(args.task).parent))  # for what it imports
             plugin = runpy.run_path(args.task)
             reward, problems = plugin["reward"], plugin["problems"]
             return files, [iter(problems(x, args.seed)) for x in splits], reward
@@ -409,10 +426,12 @@ def read_problems(file: str, source, most: int, args: Args) -> list[Problem]:
         items = [*itertools.islice(source, None if args.data else most)]
     for i, item in enumerate(items, 1):
         with blame(f"{file}, line {i}: no object with prompt and answer"):
+            if args.data and not item.strip():
+                continue
             problem = to_problem(json.loads(item) if args.data else item)
-            blank = problem.answer is None or not str(problem.answer).strip()
-            if args.data and blank:
-                raise ValueError("its answer is empty")
+            known = type(problem.answer) in (str, int, float)
+            if args.data and not (known and str(problem.answer).strip()):
+                raise ValueError("its answer is empty, or neither text nor a number")
             problems.append(problem)
     return problems
 
@@ -423,14 +442,15 @@ def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
     many = 20_000, args.eval_prompts
     train, held_out = (read_problems(*part, args) for part in zip(files, sources, many))
     tenth = args.data and not args.eval_data
-    held_out = held_out[:: 10 if tenth else 1][: args.eval_prompts]
-    seen = {str(problem.prompt) for problem in held_out}
-    train = [problem for problem in train if str(problem.prompt) not in seen]
+    held_out, read = held_out[:: 10 if tenth else 1], len(train)
+    name = lambda problem: json.dumps(problem.prompt, sort_keys=True, default=str)
+    seen = {name(problem) for problem in held_out}
+    train = [problem for problem in train if name(problem) not in seen]
+    held_out = held_out[: args.eval_prompts]
     if len(train) < args.prompts_per_step or len(held_out) < WORLD_SIZE:
-        counts = f"{len(train)} problems to train on, {len(held_out)} held out"
-        fail(
-            f"{' or '.join(files)}: {counts}, and a step takes {args.prompts_per_step}"
-        )
+        counts = f"{len(train)} problems to train on (of {read}, without those held "
+        counts += f"out) and {len(held_out)} to evaluate, a step takes"
+        fail(f"{' or '.join(dict.fromkeys(files))}: {counts} {args.prompts_per_step}")
     ends = [len(p.solution) for p in train if p.solution and isinstance(p.prompt, str)]
     cut = [n for n in ends if n >= args.max_new_tokens]  # a token each, and EOS
     if args.model == "tiny" and len(cut) > len(ends) / 2:
@@ -455,8 +475,9 @@ def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.
 
 
 def hash_prompts(problems: list[Problem], args: Args) -> int:
-    """Hash of all prompts, which must be equal on all ranks and after a --resume."""
-    text = str([problem.prompt for problem in problems]).encode()
+    """Hash of all prompts, and of the answers of --data, which must be equal on all
+    ranks and after a --resume."""
+    text = str([p[:2] if args.data else p.prompt for p in problems]).encode()
     known = saved = int(hashlib.sha256(text).hexdigest()[:15], 16)
     ends = all_reduce(torch.tensor([known, -known], device=args.device), "MAX")
     if args.resume:
@@ -545,7 +566,7 @@ def check_scores(model) -> None:
     known = hasattr(config, "max_position_embeddings") and not model._is_stateful
     if not known or model.base_model is model:
         raise ValueError("it is not a text model with a cache of keys and values")
-    ids, cache = torch.arange(5)[None], transformers.DynamicCache()
+    ids, cache = torch.arange(5, device=model.device)[None], transformers.DynamicCache()
     seen, places = (ids > 0).long(), (ids - 1).clamp(min=0)  # the first is padding
     kwargs = dict(past_key_values=cache, use_cache=True)
     with torch.no_grad():
@@ -575,7 +596,11 @@ def load_model(name: str, args: Args) -> tuple:
         for key in [key for key in vars(config) if "drop" in key]:
             setattr(config, key, 0.0)
         kwargs = dict(config=config, dtype=torch.float32)
-        model = transformers.AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        kwargs |= dict(output_loading_info=True)
+        auto = transformers.AutoModelForCausalLM
+        model, info = auto.from_pretrained(base, **kwargs)
+        if info["missing_keys"]:  # they would be random
+            raise ValueError(f"its files lack {sorted(info['missing_keys'])[:3]}")
         if adapter.exists():
             model.load_adapter(name)
             ends = model.get_input_embeddings(), model.get_output_embeddings()
@@ -1191,28 +1216,39 @@ def best_of(values: list[float], k: int) -> float:
     return sum(math.comb(i, k - 1) * v for i, v in ranked) / math.comb(len(values), k)
 
 
-def evaluate(model, tokenizer, prompts, problems, reward, args) -> dict[str, float]:
+def verdicts(reward: Callable, problems: list[Problem], texts: list[str]) -> list:
+    """(feasible, quality, answer) of each text by reward.verify, a bool, a finite
+    number and what can be counted: anything else stops the run."""
+    with blame("reward.verify failed"):
+        judged = [reward.verify(*pair) for pair in zip(problems, texts)]
+        judged = [(bool(feasible), *rest) for feasible, *rest in judged]
+        for _, quality, answer in judged:
+            hash(answer)  # different ones are counted
+            if not math.isfinite(quality):
+                raise ValueError(f"{quality} is not a finite number")
+    return judged
+
+
+def evaluate(
+    model, tokenizer, prompts, problems, reward, args, guard=contextlib.nullcontext
+) -> dict[str, float]:
     """Means over the held-out problems, shared by the ranks, of n = eval_samples
     completions each, always the same noise: share feasible (sr), quality (qr; qr@k: of
     the best of k), distinct feasible and distinct optimal (quality 1) answers among n,
     reward; and the entropy of a token, estimated by -log-prob of the samples.
     reward.verify(problem, completion) -> (feasible, quality, answer), the answer a
     number, text or tuple, judges; without it feasible is a reward of 1 or more, quality
-    the reward, the answer the text."""
+    the reward, the answer the text. guard: nothing_lost, for this step."""
     n, mine = args.eval_samples, slice(RANK, None, WORLD_SIZE)
     noise = uniforms(args, 0, len(problems), n)
-    rollout = generate(model, tokenizer, prompts[mine], noise, args)
     posed = [problem for problem in problems[mine] for _ in range(n)]
-    rewards = score(reward, posed, rollout.texts)
-    judged = [(r >= 1, r, text) for r, text in zip(rewards.tolist(), rollout.texts)]
-    if hasattr(reward, "verify"):
-        with blame("reward.verify failed"):
-            judged = [reward.verify(*pair) for pair in zip(posed, rollout.texts)]
-            judged = [(bool(feasible), *rest) for feasible, *rest in judged]
-            for _, quality, answer in judged:
-                hash(answer)  # different ones are counted
-                if not math.isfinite(quality):
-                    raise ValueError(f"{quality} is not a finite number")
+    with guard():
+        rollout = generate(model, tokenizer, prompts[mine], noise, args)
+        rewards = score(reward, posed, rollout.texts)
+        pairs = zip(rewards.tolist(), rollout.texts)
+        judged = [(value >= 1, value, text) for value, text in pairs]
+        if hasattr(reward, "verify"):
+            judged = verdicts(reward, posed, rollout.texts)
     ks, rows = [2**j for j in range(n.bit_length())], []
     for i in range(0, len(judged), n):
         group = judged[i : i + n]
@@ -1317,24 +1353,29 @@ def save_checkpoint(run_dir: Path, step: int, model, tokenizer, optimizer) -> No
 @contextlib.contextmanager
 def nothing_lost(args: Args, step: int, parts: tuple, *logs: dict) -> Iterator[None]:
     """Around sampling and rewards, which may end the run at any time: `step`, the last
-    whole one, is saved, whichever rank fails. parts: model, tokenizer, optimizer. In an
-    evaluation logs is what is not written yet: metrics, sample."""
-    error = None
+    whole one, is saved, whichever rank fails. parts: model, tokenizer, optimizer; logs:
+    the step's metrics and sample, if they are not written yet."""
+    error, failed = None, torch.zeros((), device=args.device)
     try:
         yield
     except BaseException as e:
         error = e
-    failed = torch.tensor(float(error is not None), device=args.device)
-    if not logs:  # in an evaluation the other ranks wait for sums, not for this
+        failed += 1
+    try:
         all_reduce(failed)
-    if failed > 0:
-        if logs:
-            write_logs(args, *logs)
-        if RANK == 0:
-            save_checkpoint(Path(args.run_dir), step, *parts)
-        if WORLD_SIZE > 1 and not logs:
-            dist.barrier()  # the end of one rank is the end of all
-        raise error or SystemExit(2)
+    except BaseException as e:  # a rank was killed
+        error = error or e
+    if error or failed > 0:
+        try:
+            if logs:
+                write_logs(args, *logs)
+            if RANK == 0:
+                save_checkpoint(Path(args.run_dir), step, *parts)
+                print(f"step {step} is saved; to continue: --resume {args.run_dir}")
+            if WORLD_SIZE > 1:
+                dist.barrier()  # the end of one rank is the end of all
+        finally:  # if this fails as well, the first error is not lost
+            raise error or SystemExit(2)
 
 
 def draw_curve(run_dir: Path) -> None:
@@ -1395,6 +1436,7 @@ def check(args: Args) -> None:
         ),
         (args.dm_only and args.kl_coef, "--dm-only has no KL: leave --kl-coef out"),
         (args.eval_data and not args.data, "--eval-data needs --data"),
+        (args.data and args.task != Args.task, "--data or --task: a task.py has both"),
         (args.clip_low >= 1, "--clip-low must be below 1"),
         (args.seed >= 2**63, "--seed must be below 2^63"),
         (args.prompts_per_step % WORLD_SIZE, "ranks must divide --prompts-per-step"),
@@ -1527,8 +1569,9 @@ def train(args: Args) -> int:
         sample |= {"completions": rollout.texts[:group_size]}
         sample |= {"rewards": rollout.rewards[:group_size].tolist()}
         if step % args.eval_every == 0 or step == args.steps:
-            with nothing_lost(args, step, parts, metrics, sample):
-                metrics |= evaluate(model, tokenizer, tests, held_out, reward, args)
+            state = args, step, parts, metrics, sample
+            guard = functools.partial(nothing_lost, *state)
+            metrics |= evaluate(model, tokenizer, tests, held_out, reward, args, guard)
             qr = metrics["eval/qr"]
         stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0
         write_logs(args, metrics, sample)

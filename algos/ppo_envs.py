@@ -741,7 +741,7 @@ def learn(agent: Agent, batch: dict, args: Args) -> dict:
     total = args.num_envs * args.rollout_length
     rows = torch.arange(0, total, -(-total // 2**12), device=args.device)
     count = len(rows)  # states for the KL, the same for any number of ranks
-    few = data[0][own_rows(rows, args.num_envs) if WORLD_SIZE > 1 else rows]
+    few = data[0][own_rows(rows, args.num_envs)]
     before = agent.policy(*in_pieces(agent.outputs, few))
     # neighbours are different environments: shuffling blocks of them is as good
     most = 2 ** max(0, total.bit_length() - 21)

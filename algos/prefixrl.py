@@ -234,19 +234,35 @@ TASKS = {"chain": (chain_problems, chain_reward, 9)}  # 9: default size
 def answer_reward(problem: Problem, completion: str) -> float:
     """For --data: 1.0 if the answer is the text after the last "Answer:" (all the text
     if there is none) or the last number in it, else 0.0."""
-    text = completion[-1000:].rpartition("Answer:")[2]
-    text = text.strip("* \r\n\t").rstrip("*. \r\n\t")  # **Answer: B.**
-    numbers = re.findall(r"(?:(?<![\w)])-)?[0-9]+(?:[.,][0-9]+)*", text)
-    return float(str(problem.answer).strip() in (text, *numbers[-1:]))
+    texts = str(problem.answer), completion[-1000:].rpartition("Answer:")[2]
+    texts = [text.replace("\N{MINUS SIGN}", "-") for text in texts]  # **Answer: B.**
+    answer, text = (x.strip("* \r\n\t").rstrip("*. \r\n\t") for x in texts)
+    number = r"(?:(?<![\w)])-)?(?:[0-9]+(?:[.,/][0-9]+)*|(?<![0-9])[.][0-9]+)"
+    numbers = re.findall(number, text)
+    return float(answer != "" and answer in (text, *numbers[-1:]))
+
+
+def check_prompt(prompt) -> None:
+    """ValueError unless it is text, or chat messages that the model is to answer."""
+    if isinstance(prompt, str):
+        return
+    for message in prompt if isinstance(prompt, list) and prompt else [None]:
+        message = message if isinstance(message, dict) else {}
+        said = isinstance(message.get("content"), str) or "tool_calls" in message
+        if not (isinstance(message.get("role"), str) and said):
+            raise ValueError("its prompt is neither text nor messages: role, content")
+    if message["role"] == "assistant":
+        raise ValueError("its messages end with an answer of the assistant")
 
 
 def to_problem(item: Problem | dict) -> Problem:
     """A line of --data, or what a task.py yields, as a Problem."""
-    if not isinstance(item, Problem):
-        item = Problem(item["prompt"], item["answer"], item.get("solution"))
-    item = item._replace(solution="" if item.solution is None else str(item.solution))
-    f"{item.prompt}{item.solution}".encode()  # half a character is an error
-    return item
+    item = item._asdict() if isinstance(item, tuple) else item
+    prompt, solution = item["prompt"], item.get("solution")
+    check_prompt(prompt)
+    solution = "" if solution is None else str(solution)
+    f"{prompt}{solution}".encode()  # half a character is an error
+    return Problem(prompt, item["answer"], solution)
 
 
 def open_task(args: Args) -> tuple:
@@ -267,6 +283,7 @@ def open_task(args: Args) -> tuple:
     if args.task.endswith(".py"):
         needs = "it needs the functions problems and reward"
         with blame(f"cannot load {args.task} ({needs})"):
+            sys.path.append(str(Path(args.task).parent))  # for what it imports
             plugin = runpy.run_path(args.task)
             reward, problems = plugin["reward"], plugin["problems"]
             return files, [iter(problems(x, args.seed)) for x in splits], reward
@@ -281,10 +298,12 @@ def read_problems(file: str, source, most: int, args: Args) -> list[Problem]:
         items = [*itertools.islice(source, None if args.data else most)]
     for i, item in enumerate(items, 1):
         with blame(f"{file}, line {i}: no object with prompt and answer"):
+            if args.data and not item.strip():
+                continue
             problem = to_problem(json.loads(item) if args.data else item)
-            blank = problem.answer is None or not str(problem.answer).strip()
-            if args.data and blank:
-                raise ValueError("its answer is empty")
+            known = type(problem.answer) in (str, int, float)
+            if args.data and not (known and str(problem.answer).strip()):
+                raise ValueError("its answer is empty, or neither text nor a number")
             problems.append(problem)
     return problems
 
@@ -295,14 +314,15 @@ def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
     many = 20_000, args.eval_prompts
     train, held_out = (read_problems(*part, args) for part in zip(files, sources, many))
     tenth = args.data and not args.eval_data
-    held_out = held_out[:: 10 if tenth else 1][: args.eval_prompts]
-    seen = {str(problem.prompt) for problem in held_out}
-    train = [problem for problem in train if str(problem.prompt) not in seen]
+    held_out, read = held_out[:: 10 if tenth else 1], len(train)
+    name = lambda problem: json.dumps(problem.prompt, sort_keys=True, default=str)
+    seen = {name(problem) for problem in held_out}
+    train = [problem for problem in train if name(problem) not in seen]
+    held_out = held_out[: args.eval_prompts]
     if len(train) < args.prompts_per_step or len(held_out) < WORLD_SIZE:
-        counts = f"{len(train)} problems to train on, {len(held_out)} held out"
-        fail(
-            f"{' or '.join(files)}: {counts}, and a step takes {args.prompts_per_step}"
-        )
+        counts = f"{len(train)} problems to train on (of {read}, without those held "
+        counts += f"out) and {len(held_out)} to evaluate, a step takes"
+        fail(f"{' or '.join(dict.fromkeys(files))}: {counts} {args.prompts_per_step}")
     ends = [len(p.solution) for p in train if p.solution and isinstance(p.prompt, str)]
     cut = [n for n in ends if n >= args.max_new_tokens]  # a token each, and EOS
     if args.model == "tiny" and len(cut) > len(ends) / 2:
@@ -327,8 +347,9 @@ def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.
 
 
 def hash_prompts(problems: list[Problem], args: Args) -> int:
-    """Hash of all prompts, which must be equal on all ranks and after a --resume."""
-    text = str([problem.prompt for problem in problems]).encode()
+    """Hash of all prompts, and of the answers of --data, which must be equal on all
+    ranks and after a --resume."""
+    text = str([p[:2] if args.data else p.prompt for p in problems]).encode()
     known = saved = int(hashlib.sha256(text).hexdigest()[:15], 16)
     ends = all_reduce(torch.tensor([known, -known], device=args.device), "MAX")
     if args.resume:
@@ -432,7 +453,7 @@ def check_scores(model) -> None:
     known = hasattr(config, "max_position_embeddings") and not model._is_stateful
     if not known or model.base_model is model:
         raise ValueError("it is not a text model with a cache of keys and values")
-    ids, cache = torch.arange(5)[None], transformers.DynamicCache()
+    ids, cache = torch.arange(5, device=model.device)[None], transformers.DynamicCache()
     seen, places = (ids > 0).long(), (ids - 1).clamp(min=0)  # the first is padding
     kwargs = dict(past_key_values=cache, use_cache=True)
     with torch.no_grad():
@@ -462,7 +483,11 @@ def load_model(name: str, args: Args) -> tuple:
         for key in [key for key in vars(config) if "drop" in key]:
             setattr(config, key, 0.0)
         kwargs = dict(config=config, dtype=torch.float32)
-        model = transformers.AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        kwargs |= dict(output_loading_info=True)
+        auto = transformers.AutoModelForCausalLM
+        model, info = auto.from_pretrained(base, **kwargs)
+        if info["missing_keys"]:  # they would be random
+            raise ValueError(f"its files lack {sorted(info['missing_keys'])[:3]}")
         if adapter.exists():
             model.load_adapter(name)
             ends = model.get_input_embeddings(), model.get_output_embeddings()
@@ -1378,17 +1403,20 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(model, tokenizer, prompts, prefixes, problems, reward, args) -> dict:
+def evaluate(
+    model, tokenizer, prompts, prefixes, problems, reward, args, guard
+) -> dict:
     """pass@1, pass@n (right: a reward of 1 or more) and mean reward of n = eval_samples
     completions of each problem behind its prefix ([]: plain), shared by the ranks;
-    always the same noise."""
+    always the same noise. guard: as in evaluate_all."""
     n, mine = args.eval_samples, slice(RANK, None, WORLD_SIZE)
     noise = uniforms(args, 0, len(problems), n)
     contexts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)][mine]
-    rollout = generate(model, tokenizer, contexts, noise, args)
-    rollout.texts = answers(tokenizer, rollout, prefixes[mine], n)
     posed = [problem for problem in problems[mine] for _ in range(n)]
-    rewards = score(reward, posed, rollout.texts)
+    with guard():
+        rollout = generate(model, tokenizer, contexts, noise, args)
+        rollout.texts = answers(tokenizer, rollout, prefixes[mine], n)
+        rewards = score(reward, posed, rollout.texts)
     right = (rewards.view(-1, n) >= 1).sum(-1).tolist()
     sums = [sum(pass_at_k(n, c, k) for c in right) for k in (1, n)]
     sums = all_reduce(torch.tensor([*sums, rewards.sum() / n], device=args.device))
@@ -1396,22 +1424,25 @@ def evaluate(model, tokenizer, prompts, prefixes, problems, reward, args) -> dic
     return dict(zip(names, (sums / len(problems)).tolist()))
 
 
-def evaluate_all(model, tokenizer, tests, hard, traces, reward, args) -> dict:
+def evaluate_all(
+    model, tokenizer, tests, hard, traces, reward, args, guard=contextlib.nullcontext
+) -> dict:
     """Plain accuracy on held-out problems ("eval/...") and on the hard ones to train on
     ("eval/hard_..."); tests and hard: (prompts, problems). With traces also the share
-    solved from 0, 20, ... 80 % of each trace ("eval/from_20%")."""
+    solved from 0, 20, ... 80 % of each trace ("eval/from_20%"). guard: nothing_lost,
+    for this step."""
     metrics = {}
     most = args.eval_prompts
     for name, (prompts, problems) in (("", tests), ("hard_", hard)):
         plain = prompts[:most], [[]] * len(prompts), problems[:most]
-        found = evaluate(model, tokenizer, *plain, reward, args)
+        found = evaluate(model, tokenizer, *plain, reward, args, guard)
         metrics |= {key.replace("/", f"/{name}"): x for key, x in found.items()}
     chosen = [*traces][:most]
     for percent in range(0, 100, 20) if len(chosen) >= WORLD_SIZE else ():
         ids = [bare_ids(traces[i], stop_ids(model, tokenizer)) for i in chosen]
         cuts = [x[: len(x) * percent // 100] for x in ids]
         posed = [hard[0][i] for i in chosen], cuts, [hard[1][i] for i in chosen]
-        found = evaluate(model, tokenizer, *posed, reward, args)
+        found = evaluate(model, tokenizer, *posed, reward, args, guard)
         metrics[f"eval/from_{percent}%"] = found["eval/pass@1"]
     return metrics
 
@@ -1519,24 +1550,29 @@ def save_checkpoint(run_dir: Path, step: int, model, tokenizer, optimizer) -> No
 @contextlib.contextmanager
 def nothing_lost(args: Args, step: int, parts: tuple, *logs: dict) -> Iterator[None]:
     """Around sampling and rewards, which may end the run at any time: `step`, the last
-    whole one, is saved, whichever rank fails. parts: model, tokenizer, optimizer. In an
-    evaluation logs is what is not written yet: metrics, sample."""
-    error = None
+    whole one, is saved, whichever rank fails. parts: model, tokenizer, optimizer; logs:
+    the step's metrics and sample, if they are not written yet."""
+    error, failed = None, torch.zeros((), device=args.device)
     try:
         yield
     except BaseException as e:
         error = e
-    failed = torch.tensor(float(error is not None), device=args.device)
-    if not logs:  # in an evaluation the other ranks wait for sums, not for this
+        failed += 1
+    try:
         all_reduce(failed)
-    if failed > 0:
-        if logs:
-            write_logs(args, *logs)
-        if RANK == 0:
-            save_checkpoint(Path(args.run_dir), step, *parts)
-        if WORLD_SIZE > 1 and not logs:
-            dist.barrier()  # the end of one rank is the end of all
-        raise error or SystemExit(2)
+    except BaseException as e:  # a rank was killed
+        error = error or e
+    if error or failed > 0:
+        try:
+            if logs:
+                write_logs(args, *logs)
+            if RANK == 0:
+                save_checkpoint(Path(args.run_dir), step, *parts)
+                print(f"step {step} is saved; to continue: --resume {args.run_dir}")
+            if WORLD_SIZE > 1:
+                dist.barrier()  # the end of one rank is the end of all
+        finally:  # if this fails as well, the first error is not lost
+            raise error or SystemExit(2)
 
 
 def draw_curve(run_dir: Path) -> None:
@@ -1589,6 +1625,7 @@ def check(args: Args) -> None:
     for wrong, message in (
         (args.group_size < 2, "--group-size must be 2 or more: A compares completions"),
         (args.eval_data and not args.data, "--eval-data needs --data"),
+        (args.data and args.task != Args.task, "--data or --task: a task.py has both"),
         (args.clip_low >= 1, "--clip-low must be below 1"),
         (args.seed >= 2**63, "--seed must be below 2^63"),
         (args.prefix_low > args.prefix_high, "--prefix-low is above --prefix-high"),
@@ -1690,20 +1727,18 @@ def practice(
     clock, n = [time.perf_counter()], args.group_size
     contexts, prefixes = [hard[0][i] + z for i, z in batch], [z for _, z in batch]
     noise = uniforms(args, step, args.prompts_per_step, n)
-    parts = model, tokenizer, optimizer
-    with nothing_lost(args, step - 1, parts):
+    posed, weights = [hard[1][i] for i, _ in batch for _ in range(n)], 1.0
+    with nothing_lost(args, step - 1, (model, tokenizer, optimizer)):
         rollout = generate(model, tokenizer, contexts, noise, args)
         rollout.texts = answers(tokenizer, rollout, prefixes, n)
-    read, weights = read_tokens(rollout, n), 1.0
-    if args.off_policy:
-        around = batch, hard[0], traces, args
-        rollout, weights, more = put_traces(model, tokenizer, rollout, *around)
-        read += more
-    if not args.mask_prefix:
-        rollout = unmask_prefixes(rollout, batch, hard[0], args)
-    clock.append(time.perf_counter())
-    posed = [hard[1][i] for i, _ in batch for _ in range(n)]
-    with nothing_lost(args, step - 1, parts):
+        read = read_tokens(rollout, n)
+        if args.off_policy:
+            around = batch, hard[0], traces, args
+            rollout, weights, more = put_traces(model, tokenizer, rollout, *around)
+            read += more
+        if not args.mask_prefix:
+            rollout = unmask_prefixes(rollout, batch, hard[0], args)
+        clock.append(time.perf_counter())
         rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
     advantages = group_advantages(rollout.rewards, n, args.advantage_scale) * weights
     clock.append(time.perf_counter())
@@ -1814,9 +1849,9 @@ def train(args: Args) -> int:
         total = metrics["flops"] = total + metrics["flops"]
         end = step == args.steps or 0 < args.max_flops <= total
         if step % args.eval_every == 0 or end:
-            around = tests, hard, traces, reward, args
-            with nothing_lost(args, step, parts, metrics, sample):
-                metrics |= evaluate_all(model, tokenizer, *around)
+            state, known = (args, step, parts, metrics, sample), (tests, hard, traces)
+            guard = functools.partial(nothing_lost, *state)
+            metrics |= evaluate_all(model, tokenizer, *known, reward, args, guard)
             pass_1 = metrics["eval/hard_pass@1"]
         stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0
         write_logs(args, metrics, sample)

@@ -95,8 +95,9 @@ def peak(vopd, v: int, estimator: str, flags) -> dict[str, int]:
 def measure(v: int, flags) -> dict[str, dict]:
     """Every estimator's time and memory at vocabulary v."""
     vopd = memory.load_script("vopd")
-    seconds, rows = memory.in_process(times, vopd, v, flags), {}
-    spaces = {x: memory.in_process(peak, vopd, v, x, flags) for x in vopd.ESTIMATORS}
+    alone = (lambda f, *x: f(*x)) if flags.device == "cuda" else memory.in_process
+    seconds, rows = alone(times, vopd, v, flags), {}
+    spaces = {x: alone(peak, vopd, v, x, flags) for x in vopd.ESTIMATORS}
     extra = {name: x["peak"] - x["before"] for name, x in spaces.items()}
     for name in sorted(vopd.ESTIMATORS, key="sampled".__ne__):
         ratios = [a / b for a, b in zip(seconds[name], seconds["sampled"])]

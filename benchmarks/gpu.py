@@ -9,7 +9,8 @@ transformers, numpy, matplotlib and tqdm, and peft for the flags of the smallest
 where tyro is missing, a stand-in of 20 lines reads the scripts' flags. Each part is a
 process of its own (a copy of this one, so that nothing is imported twice) with its own
 time: one that fails or is late leaves its error and what it had measured, and the
-others run.
+others run. What finds no time is measured by a second command with --parts, which
+leaves the other parts in the file as they are.
 Writes benchmarks/results/gpu-<name>.json (runs/gpu-smoke.json) after each part; exit
 code 1 if one failed.
 """
@@ -18,11 +19,14 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
+import ctypes
 import dataclasses
 import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -62,7 +66,10 @@ atexit.register(shutil.rmtree, WORK, ignore_errors=True)
 
 def part_of(name: str, sizes: Sizes, file: Path) -> None:
     """One part, in its own process; what it reports is in the file at once."""
-    os.setsid()  # with all that it starts it can be ended
+    os.setpgrp()  # with all that it starts it can be ended
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with contextlib.suppress(AttributeError):  # Linux: it does not outlive main()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     os.chdir(WORK)
     found = {}
 
@@ -88,6 +95,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     sizes, slow = (SMOKE, 10) if flags.smoke else (Sizes(), 1)
     begin, seconds = time.perf_counter(), flags.seconds or 470 * slow
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was found is written
     # CUDA begins in the parts alone: a process that has begun it cannot be copied
     if not (flags.smoke or memory.in_process(torch.cuda.is_available)):
         sys.exit("error: there is no GPU here: --smoke runs every part on a CPU")
@@ -105,23 +113,31 @@ def main() -> int:
     result["code"] = {x.stem: code_hash([x.read_text()]) for x in scripts}
     result |= {"sizes": dataclasses.asdict(sizes), "parts": {}}
     name = flags.name or ("smoke" if flags.smoke else gpu.split()[-1].lower())
+    file = out / f"gpu-{name}.json"
+    if len(flags.parts) < len(PARTS) and file.exists():  # the others stay
+        before = json.loads(file.read_text())
+        known = ("hardware", "torch", "transformers", "code", "sizes")
+        if all(before[key] == json.loads(json.dumps(result[key])) for key in known):
+            result["parts"] = before["parts"]
     for part in flags.parts:
-        file, start, error = Path(WORK, f"{part}.json"), time.perf_counter(), None
+        found, start = Path(WORK, f"{part}.json"), time.perf_counter()
+        error = "the command was ended"
         left = min(PARTS[part][1] * slow, seconds - (start - begin))
         try:
             if left < 5:
                 raise RuntimeError("no time was left")
-            memory.in_process(part_of, part, sizes, file, seconds=left)
+            memory.in_process(part_of, part, sizes, found, seconds=left)
+            error = None
         except RuntimeError as e:
             error = str(e)
-        row = {"ok": error is None, "seconds": time.perf_counter() - start}
-        row |= {"error": error, "found": {}}
-        if file.exists():
-            row["found"] = json.loads(file.read_text())
-        result["parts"][part] = row
-        print(f"{part}: {error or 'ok'}, {row['seconds']:.0f} s", flush=True)
-        text = json.dumps(result, indent=1) + "\n"
-        Path(out, f"gpu-{name}.json").write_text(text)
+        finally:
+            row = {"ok": error is None, "seconds": time.perf_counter() - start}
+            row |= {"error": error, "found": {}}
+            if found.exists():
+                row["found"] = json.loads(found.read_text())
+            result["parts"][part] = row
+            print(f"{part}: {error or 'ok'}, {row['seconds']:.0f} s", flush=True)
+            file.write_text(json.dumps(result, indent=1) + "\n")
     return int(not all(row["ok"] for row in result["parts"].values()))
 
 

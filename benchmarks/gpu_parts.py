@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -48,7 +49,7 @@ class Sizes:
     prompts: int = 32  # of a step, 8 completions each
     step_tokens: int = 128  # of a completion in a step
     scored: int = 8192  # tokens in memory.py and estimator_cost.py
-    environments: tuple = (12, 16, 20)  # log2 of their numbers
+    environments: tuple = (20, 12, 16)  # log2 of their numbers
     cartpole: str = "--eval-every 1000000"  # flags: at the ends alone
     countdown: tuple = (50, 4, 450)  # steps: here, on the CPU, of the warm start
 
@@ -80,8 +81,9 @@ def load(function: Callable, shape: str, sizes: Sizes) -> tuple:
     tokenizer = fast(tokenizer_object=backend, **special)
 
     def make(name, config, dtype, **_):
+        auto = transformers.AutoModelForCausalLM
         with torch.device(sizes.device):
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return auto.from_config(config, dtype=dtype), {"missing_keys": []}
 
     makers = {"AutoConfig": lambda *_, **__: config(shape, sizes)}
     makers |= {
@@ -176,11 +178,11 @@ def rollout(sizes: Sizes, report: Callable) -> None:
 
 
 def library(sizes: Sizes, report: Callable, continuous: bool) -> None:
-    """The same of transformers' own `generate`, or of its continuous batching, which
-    has a quarter of the tokens to do: it was not done after a minute with all."""
+    """The same of transformers' own `generate`, with cuDNN's attention off, as in the
+    scripts, and with torch's default, on; or of its continuous batching. Those two
+    have a quarter of the tokens to do."""
     grpo = memory.load_script("grpo")
-    torch.backends.cuda.enable_cudnn_sdp(True)  # which grpo.py has turned off
-    args, n = flags_of(grpo, sizes), sizes.new_tokens // (4 if continuous else 1)
+    args, quarter = flags_of(grpo, sizes), sizes.new_tokens // 4
     model, _ = load(lambda: grpo.load_model("", args), "0.6B", sizes)
     model, prompts = (
         model.to(getattr(torch, sizes.dtype)),
@@ -205,10 +207,19 @@ def library(sizes: Sizes, report: Callable, continuous: bool) -> None:
         new = model.generate(**inputs, generation_config=config)[:, ids.shape[1] :]
         return int(grpo.completion_mask(new, 1)[0].sum())
 
-    generate(4)
-    row = speed(lambda: generate(n), sizes)
-    assert row["tokens"] > 0, "no tokens came back"
-    report(**{f"batch {sizes.sequences}": row | {"new_tokens": n}})
+    for key, n, cudnn in (
+        (
+            f"batch {sizes.sequences}",
+            quarter if continuous else sizes.new_tokens,
+            False,
+        ),
+        (f"batch {sizes.sequences}, cuDNN's attention", quarter, True),
+    )[: 1 if continuous else 2]:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        report(**{f"{key}: 4 tokens": speed(lambda: generate(4), sizes)["seconds"]})
+        row = speed(lambda n=n: generate(n), sizes)
+        assert row["tokens"] > 0, "no tokens came back"
+        report(**{key: row | {"new_tokens": n}})
 
 
 def failed(message: str) -> None:
@@ -219,8 +230,9 @@ def failed(message: str) -> None:
 def one_step(
     sizes: Sizes, report: Callable, name: str, shape: str, prompt=64, **changes
 ) -> None:
-    """Seconds of each phase and peak memory of one step, after a short one. Prompts are
-    of half to all of `prompt` tokens, for prefixrl.py of 64 more: a prefix."""
+    """Seconds of each phase and peak memory of a step, after a short one and one like
+    it. Prompts are of half to all of `prompt` tokens, for prefixrl.py of 64 more: a
+    prefix. changes: flags; with a rollout_batch_size, the one step is measured cold."""
     script = memory.load_script(name)
     script.fail = failed
     flags = dict(prompts_per_step=sizes.prompts, max_new_tokens=sizes.step_tokens)
@@ -235,7 +247,9 @@ def one_step(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, **how)
     short = dataclasses.replace(args, prompts_per_step=2, max_new_tokens=4)
-    for now in short, args:
+    for now in (
+        (short, args) if "rollout_batch_size" in changes else (short, args, args)
+    ):
         if sizes.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         n, G = now.prompts_per_step, now.group_size
@@ -306,9 +320,13 @@ def environments(sizes: Sizes, report: Callable) -> None:
     for power in sizes.environments:
         length = max(1, min(128, 2**17 // 2**power))  # as in benchmarks/env_speed.py
         how = "on" if sizes.device == "cuda" else "off"
+        if sizes.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         iteration, _ = env_speed.ours(2**power, length, sizes.device, how)
-        rows = [iteration() for _ in range(3)]  # the first compiles
-        row = {key: rows[-1][key] for key in (*env_speed.COUNTS, "peak_memory_gb")}
+        rows = [iteration() for _ in range(5)][2:]  # the first compiles, then records
+        keys = *env_speed.COUNTS, "peak_memory_gb"
+        row = {key: statistics.median(x[key] for x in rows) for key in keys}
+        del iteration  # and its tensors
         report(**{str(2**power): row | {"rollout_length": length}})
 
 
@@ -372,8 +390,8 @@ def completions_of(device: str, sizes: Sizes) -> tuple[torch.Tensor, torch.Tenso
 
 
 def exact(sizes: Sizes, report: Callable) -> None:
-    """Losses and gradients of all scripts in float32, this device's and the CPU's; the
-    targets of ppo_envs.py; what is drawn, as rows are dropped and columns added."""
+    """Losses and gradients of all scripts in float32, this device's and the CPU's, and
+    the targets of ppo_envs.py."""
     torch.set_num_threads(1)  # of the CPU: many threads are slow at what is this small
     for name in (*SCRIPTS, "ppo_envs"):
         wanted, g_cpu = gradient_of(name, "cpu", sizes)
@@ -385,6 +403,11 @@ def exact(sizes: Sizes, report: Callable) -> None:
     gap = target_gap(sizes.device)
     report(next_values={"gap": gap})
     assert gap < 1e-4, f"ppo_envs: next values {gap} apart from those of the states"
+
+
+def drawn(sizes: Sizes, report: Callable) -> None:
+    """Completions in float32, as rows are dropped and columns added: the CPU's."""
+    torch.set_num_threads(1)
     pairs = zip(completions_of(sizes.device, sizes), completions_of("cpu", sizes))
     same, gaps = ((a - b).abs().amax(-1) for a, b in pairs)
     gap, other = gaps[same == 0].max().item(), (same > 0).float().mean().item()
@@ -400,7 +423,9 @@ def cartpole(sizes: Sizes, report: Callable) -> None:
     run("algos/ppo_envs.py", *where, *flags)
     lines = [json.loads(line) for line in Path("cartpole/metrics.jsonl").open()]
     ends = [line["eval/episode_return"] for line in (lines[0], lines[-1])]
+    about = json.loads(Path("cartpole/args.json").read_text())["args"]
     report(before=ends[0], after=ends[1], seconds=time.perf_counter() - start)
+    report(compile=about["compile"])
     assert ends[1] > 475 or sizes is SMOKE, f"not solved: a return of {ends[1]}"
 
 
@@ -408,6 +433,8 @@ def countdown(sizes: Sizes, report: Callable) -> None:
     """grpo.py's default task, here and on this machine's CPU: seconds of a step (their
     median), and what is learnt here."""
     grpo, found = memory.load_script("grpo"), []
+    torch.set_num_threads(min(4, torch.get_num_threads()))  # it is small: more are slow
+    report(threads=torch.get_num_threads())
     *steps, start = sizes.countdown
     small = dict(prompts_per_step=4) if sizes is SMOKE else {}
     for name, device, many in zip(("here", "on the CPU"), (sizes.device, "cpu"), steps):
@@ -441,10 +468,11 @@ def steps(shape: str) -> dict:
     return {f"step-{name}-{shape}": (part(name), 45) for name in SCRIPTS}
 
 
-PARTS = {"exact": (exact, 60), "rollout": (rollout, 90)}  # and seconds at most
-PARTS["generate"] = lambda *x: library(*x, continuous=False), 90
-PARTS["continuous-batching"] = lambda *x: library(*x, continuous=True), 60
-PARTS |= {"memory": (peaks, 60), **steps("0.6B")}
+# and seconds at most; what is least sure to be done in time comes last
+PARTS = {"exact": (exact, 60), "memory": (peaks, 60), "rollout": (rollout, 90)}
+PARTS |= {**steps("0.6B"), "cartpole": (cartpole, 120), "countdown": (countdown, 120)}
+PARTS |= {"estimator_cost": (estimators, 60), "env_speed": (environments, 100)}
+PARTS["generate"] = lambda *x: library(*x, continuous=False), 60
 PARTS |= {f"flags-{x}": (functools.partial(preset, name=x), 45) for x in PRESETS}
-PARTS |= {"cartpole": (cartpole, 120), "countdown": (countdown, 150), **steps("1.7B")}
-PARTS |= {"env_speed": (environments, 100), "estimator_cost": (estimators, 90)}
+PARTS |= {**steps("1.7B"), "decode": (drawn, 45)}
+PARTS["continuous-batching"] = lambda *x: library(*x, continuous=True), 60

@@ -234,6 +234,7 @@ def cli(grpo, small_folder, tmp_path, monkeypatch, capsys):
         flags = [str(flag) for flag in flags]
         if "--resume" not in flags:
             given = {flag.partition("=")[0] for flag in flags}
+            given |= {"--task"} if "--data" in given else set()
             for name, value in small.items():
                 if f"--{name.replace('_', '-')}" not in given:
                     flags += [f"--{name.replace('_', '-')}", str(value)]

@@ -259,6 +259,16 @@ ANSWERS = [
     ("B", "**Answer:** B.", 1.0),
     ("B", "Answer: **B**.\n", 1.0),
     ("3*4", "Answer: 3*4", 1.0),
+    ("5 p.m.", "Answer: 5 p.m.", 1.0),
+    ("Yes.", "Answer: yes. Answer: Yes.", 1.0),
+    ("-5", "so x = \N{MINUS SIGN}5", 1.0),
+    ("5", "so x = \N{MINUS SIGN}5", 0.0),
+    ("5", "it is .5", 0.0),
+    (".5", "it is .5", 1.0),
+    ("2", "Answer: about 1/2", 0.0),
+    ("1/2", "Answer: about 1/2", 1.0),
+    ("72", "144/2=72", 1.0),
+    (".", "", 0.0),
 ]
 
 

@@ -280,10 +280,13 @@ def test_mark_of_a_windows_editor_is_a_bad_line(grpo, tmp_path):
     assert {p.prompt for p in train + held_out} == {f"{i}é=" for i in range(40)}
 
 
-@pytest.mark.parametrize("flag, answer", [("--data", " "), ("--eval-data", None)])
+@pytest.mark.parametrize(
+    "flag, answer", [("--data", " "), ("--eval-data", None), ("--data", True)]
+)
 def test_empty_answer_pays_for_an_empty_completion(refused, tmp_path, flag, answer):
     """Prompts exported without answers: "" is what an empty completion says, and a
-    model that stops at once gets a reward for each. null is no answer "None"."""
+    model that stops at once gets a reward for each. null is no answer "None", nor is
+    true an answer "True"."""
     lines = [LINE | {"prompt": f"{i}"} for i in range(40)]
     (tmp_path / "good.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     lines[7]["answer"] = answer
@@ -294,6 +297,67 @@ def test_empty_answer_pays_for_an_empty_completion(refused, tmp_path, flag, answ
 
 
 SCRIPTS = "grpo", "vopd", "dmpo", "prefixrl"
+QUESTION = {"role": "user", "content": "q"}
+
+
+@pytest.mark.parametrize("prompt, word", [
+    (None, "neither text nor messages"),
+    (5, "neither text nor messages"),
+    ([], "neither text nor messages"),
+    (QUESTION, "neither text nor messages"),
+    (["q"], "neither text nor messages"),
+    ([{"from": "human", "value": "q"}], "neither text nor messages"),
+    ([{"role": "user", "content": [{"type": "text", "text": "q"}]}], "neither text"),
+    ([QUESTION, {"role": "assistant", "content": "a"}], "end with an answer"),
+])  # fmt: skip
+def test_template_drops_the_question(refused, tmp_path, prompt, word):
+    """Messages of another shape than the chat template reads are rendered without what
+    they say, and an empty prompt is trained on; one that ends with the answer has it in
+    the prompt."""
+    lines = [LINE | {"prompt": f"{i}"} for i in range(40)] + [LINE | {"prompt": prompt}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    refused("--data", "d.jsonl", words=("d.jsonl, line 41", word))
+
+
+def test_data_has_the_reward_of_a_task(refused, tmp_path):
+    """--data with --task: one of the two would be read, and nobody told which."""
+    (tmp_path / "d.jsonl").write_text(json.dumps(LINE))
+    words = ("--data or --task",)
+    refused("--data", "d.jsonl", "--task", "countdown-4", words=words)
+
+
+def test_all_problems_are_held_out_and_nobody_says_so(refused, tmp_path):
+    """A task.py that yields the same for both splits has nothing left to train on."""
+    (tmp_path / "task.py").write_text(PLUGIN.replace("{split}", "same"))
+    refused("--eval-prompts", "12", words=("task.py: 0", "of 12, without those held"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_weights_that_are_missing_are_random(refused, tmp_path, name):
+    """A folder saved without its head or a layer loads with a report that scrolls by;
+    the reference of the KL term, loaded again, then is another model."""
+    script, tokenizer = load_script(name), char_tokenizer()
+    model = small_qwen3(len(tokenizer), tie_word_embeddings=False)
+    save_model(tmp_path / "whole", model, tokenizer)
+    script.load_model(str(tmp_path / "whole"), cpu_args(script))
+    save_model(tmp_path / "half", model.base_model, tokenizer)
+    with pytest.raises(SystemExit) as stop:
+        script.load_model(str(tmp_path / "half"), cpu_args(script))
+    assert stop.value.code == 2
+
+
+def test_task_cannot_use_what_lies_beside_it(grpo, tmp_path, monkeypatch):
+    """A task.py imports a file of its own folder, and yields Problems of a module."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/beside_it.py").write_text(PLUGIN)
+    text = "import collections, beside_it\nfrom beside_it import reward\n"
+    text += "Own = collections.namedtuple('Own', 'prompt answer')\n"
+    text += "def problems(*x):\n    return (Own(**y) for y in beside_it.problems(*x))\n"
+    (tmp_path / "sub/task.py").write_text(text)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    args = grpo.Args(task=str(tmp_path / "sub/task.py"), prompts_per_step=2)
+    train, _, _ = grpo.load_task(args)
+    assert train[3] == grpo.Problem("train 3:", 3, "")
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "ppo_envs"])
@@ -446,6 +510,17 @@ def test_too_little_memory_for_a_rollout_loses_the_steps_before_it(
     monkeypatch.setattr(script, "generate", generate)
     smaller = "--rollout-batch-size", "4", "--micro-batch-size", "8"
     assert train(name, PLUGIN, "--resume", "run", *smaller)[0] == 0
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_full_disk_hides_what_ended_the_run(name, monkeypatch):
+    """If the step cannot be saved either, the first error is still the one shown."""
+    script = load_script(name)
+    full = lambda *_: script.fail("cannot save: the disk is full")
+    monkeypatch.setattr(script, "save_checkpoint", full)
+    lost = script.nothing_lost(cpu_args(script), 1, ())
+    with pytest.raises(InterruptedError), lost:
+        raise InterruptedError
 
 
 FOLDER_SCRIPTS = *SCRIPTS, "ppo_envs"

@@ -350,6 +350,22 @@ def test_shared_teacher_is_the_student(teacher, cli, tmp_path):
     assert logs[0][0]["eval/teacher_reverse_kl"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("adapter", ["of-teacher", ""])
+def test_failure_in_the_teachers_pass_saves_the_teacher(cli, adapter):
+    """What is saved is the adapter that is on: a pass of the teacher that runs out of
+    memory must not leave the teacher's there, nor the student's off."""
+    save_adapter("student", "model", seed=1)
+    save_adapter("of-teacher", "model", seed=2)
+    script = load_script("vopd")
+    model, _ = script.load_model("student", cpu_args(script, lora_rank=2))
+    teacher, ids = script.SharedTeacher(model, adapter), torch.tensor([[5, 6, 7]])
+    wanted = model(ids).logits
+    assert not torch.equal(teacher(ids).logits, wanted)
+    with pytest.raises(ZeroDivisionError):
+        teacher.switched(lambda: 1 / 0)
+    assert torch.equal(model(ids).logits, wanted)
+
+
 def test_shared_teacher_is_said_to_be_untrained(cli, monkeypatch):
     """transformers reports the student's adapter as missing from the teacher's files,
     newly initialised and in need of training: it is neither, and nobody is told so."""

@@ -7,6 +7,7 @@ kills a run 20 times at random moments; pytest does it 4 times.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -251,6 +252,21 @@ def test_interrupt_in_the_last_step_asks_for_a_resume(cli, tmp_path):
     result = cli("--steps", "2", "--eval-samples", "1", "--eval-prompts", "1")
     assert result.code == 0 and state_of(tmp_path / "run")["step"] == 2
     assert "stopped" not in result.stdout and "run folder: run" in result.stdout
+
+
+def test_resume_goes_on_with_other_answers(cli, tmp_path):
+    """The file of --data is another one by now: the same prompts, other answers, and
+    the second half of the curve is of another reward."""
+    lines = [{"prompt": f"{i}", "answer": i} for i in range(40)]
+    file = tmp_path / "d.jsonl"
+    for answer in 0, 1:
+        file.write_text(
+            "".join(json.dumps(x | {"answer": answer}) + "\n" for x in lines)
+        )
+        if not answer:
+            assert cli("--data", "d.jsonl").code == 0
+    result = cli("--resume", "run", "--steps", "4")
+    assert result.code == 2 and "problems differ" in result.errors[0]
 
 
 PIPED = {

@@ -233,12 +233,31 @@ def test_evaluation_file_is_trained_on(cli, grpo, tmp_path, monkeypatch):
 
 
 def test_long_data_is_cut_in_silence(grpo, tmp_path):
-    """All lines of a file are trained on, however many there are."""
+    """All lines of a file are trained on, however many there are, but for every tenth:
+    how many of these are evaluated does not change what is trained on."""
     with (tmp_path / "data.jsonl").open("w") as file:
         for i in range(30_000):
             file.write(f'{{"prompt": "{i}", "answer": 1}}\n')
+    args = grpo.Args(data=str(tmp_path / "data.jsonl"))
+    train, held_out, _ = grpo.load_task(args)
+    assert len(train) == 27_000 and len(held_out) == 256
+    args.eval_prompts = 4
+    assert grpo.load_task(args)[0] == train
+
+
+def test_message_in_another_order_is_another_problem(grpo, tmp_path):
+    """{"role", "content"} and {"content", "role"} ask the same: if one is held out, the
+    other is not trained on."""
+    lines = []
+    for i in range(100):
+        message = {"role": "user", "content": f"{i}?"}
+        lines.append({"prompt": [message], "answer": i})
+        turned = [dict(reversed(message.items()))]
+        lines.append({"prompt": turned, "answer": i})
+    (tmp_path / "data.jsonl").write_text("\n\n".join(map(json.dumps, lines)) + "\n\n")
     train, held_out, _ = grpo.load_task(grpo.Args(data=str(tmp_path / "data.jsonl")))
-    assert len(train) + len(held_out) == 30_000
+    train, held_out = ({p.answer for p in part} for part in (train, held_out))
+    assert len(held_out) == 20 and not train & held_out
 
 
 def test_chat_messages_are_not_rendered_by_the_template(

@@ -42,7 +42,10 @@ def reward(problem, completion):
     global calls
     calls += problem.prompt.startswith("train")
     rank, _, end = os.environ.get("END", "").partition(" ")
-    if calls > 1 + 12 + 5 and rank == os.environ.get("RANK"):  # in the second step
+    due = calls > 1 + 12 + 5  # in the second step, or in the last evaluation
+    if end == "evaluation":
+        due = calls > 1 + 3 * 12 - 1 and problem.prompt.startswith("eval")
+    if due and rank == os.environ.get("RANK"):
         if end == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError(end)
@@ -262,12 +265,13 @@ def test_ranks_that_start_in_two_seconds_have_two_folders(name, run, tmp_path):
     assert said == [f"runs/{name}/second 0-s1"] * 2
 
 
-@pytest.mark.parametrize("how", ["the judge is down", "kill"])
+@pytest.mark.parametrize("how", ["the judge is down", "kill", "evaluation"])
 def test_a_rank_dies_and_the_others_wait(how, home, monkeypatch):
     """One rank gone, by an error in its reward or by the kernel for want of memory, and
     the others would wait for its gradients until somebody looks. The job ends with its
-    error, and what was logged before is whole. A failed reward tells the others: the
-    step before it is saved, and its error is the only one."""
+    error, and what was logged before is whole. The last whole step is saved: that
+    before a failed rollout, or the one before an evaluation. A failed reward tells the
+    other ranks, and its error is the only one."""
     monkeypatch.setenv("END", f"1 {how}")
     begin = time.monotonic()
     code, out = torchrun("grpo", 2, home, **COMMON)
@@ -275,9 +279,10 @@ def test_a_rank_dies_and_the_others_wait(how, home, monkeypatch):
     assert code not in (0, None)
     assert ("SIGKILL" if how == "kill" else f"RuntimeError: {how}") in out
     logged = records(home / "run", "metrics.jsonl")
-    assert [r["step"] for r in logged] == [0, 1]
+    step = 3 if how == "evaluation" else 1
+    assert [r["step"] for r in logged] == [*range(step + 1)]
     state = torch.load(home / "run/checkpoint/state.pt", weights_only=True)
-    assert state["step"] == (how != "kill")
+    assert state["step"] == step
     assert how == "kill" or "Connection closed" not in out
 
 

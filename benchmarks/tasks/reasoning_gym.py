@@ -72,7 +72,12 @@ def judge(name: str, given: str, entry: dict) -> float:
 
 def problems(split: str, seed: int) -> Iterator[dict]:
     """Problems of the generators in turn, as many as REASONING_GYM_SIZE allows."""
-    names = os.environ.get("REASONING_GYM", "countdown").replace(" ", "").split(",")
+    names = os.environ.get("REASONING_GYM", "countdown").replace(",", " ").split() or [
+        ""
+    ]
+    known = json.loads(os.environ.get("REASONING_GYM_CONFIG", "{}"))
+    if more := known.keys() - names:
+        raise ValueError(f"REASONING_GYM_CONFIG has {sorted(more)}: not in {names}")
     size = int(os.environ.get("REASONING_GYM_SIZE", 2000))
     first = random.Random(seed).randrange(2**30) + 2**30 * (split == "eval")
     each = -(-size // len(names))
