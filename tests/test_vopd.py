@@ -616,7 +616,7 @@ def test_prompts_without_answers_are_refused_or_rewarded(cli, tmp_path):
     bare, posed = (logged(tmp_path / name) for name in ("bare", "posed"))
     assert not any("reward" in key or "pass" in key for line in bare for key in line)
     assert "pass" not in result.stderr
-    lines = [{"prompt": f"{i}+1=", "answer": "7 "[i == 20 :]} for i in range(40)]
+    lines = [{"prompt": f"{i}+1=", "answer": "7 "[i == 21 :]} for i in range(40)]
     (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, lines)))
     result = cli(data="some.jsonl", task=None, run_dir="some")
     assert logged(tmp_path / "some") == logged(tmp_path / "bare")
