@@ -999,6 +999,15 @@ def parse_args() -> Args:
     return args
 
 
+def catch_stops() -> list[int]:
+    """Let Ctrl-C and SIGTERM fill this list, so that the run can finish its step and
+    save; the second one ends it at once."""
+    stops = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
+    return stops
+
+
 def train(args: Args) -> int:
     """Act, learn, log; evaluate and save every now and then."""
     torch.manual_seed(args.seed)
@@ -1017,9 +1026,7 @@ def train(args: Args) -> int:
         step, (saved_live, saved_env) = state["step"], state["ranks"][RANK]
         if saved_env:
             live, env.state = saved_live, saved_env
-    run_dir, stops, batch = Path(args.run_dir), [], {}
-    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
-        signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
+    run_dir, stops, batch = Path(args.run_dir), catch_stops(), {}
     if RANK == 0:
         _lock = open_run(args, step)  # until this function returns
     metrics = {"step": step, "transitions": 0}

@@ -311,10 +311,11 @@ def read_problems(file: str, source, most: int, args: Args) -> list[Problem]:
 def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
     """Training problems, held-out problems (no overlap), reward(problem, text)."""
     files, sources, reward = open_task(args)
-    many = 20_000, args.eval_prompts
-    train, held_out = (read_problems(*part, args) for part in zip(files, sources, many))
-    tenth = args.data and not args.eval_data
-    held_out, read = held_out[:: 10 if tenth else 1], len(train)
+    train = read_problems(files[0], sources[0], 20_000, args)
+    held_out = read_problems(files[1], sources[1], args.eval_prompts, args)
+    read = len(train)
+    if args.data and not args.eval_data:
+        held_out = held_out[::10]
     name = lambda problem: json.dumps(problem.prompt, sort_keys=True, default=str)
     seen = {name(problem) for problem in held_out}
     train = [problem for problem in train if name(problem) not in seen]
@@ -541,6 +542,26 @@ def without_lora(model, args: Args) -> Iterator[None]:
     yield
     if args.lora_rank:
         model.enable_adapters()
+
+
+def load_reference(name: str, model, args: Args):
+    """The frozen initial model, if there is a KL term: with LoRA the model itself, used
+    with its adapters off."""
+    if args.kl_coef and not args.lora_rank:
+        return load_model(name, args)[0].requires_grad_(False)
+    return model if args.kl_coef else None
+
+
+def make_optimizer(model, args: Args) -> tuple[torch.optim.Optimizer, int]:
+    """AdamW, and the steps made so far: 0, or those of the run that is resumed."""
+    how = dict(lr=0.0, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), **how)
+    if not args.resume:
+        return optimizer, 0
+    file = Path(args.resume, "checkpoint", "state.pt")
+    state = torch.load(file, args.device, weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    return optimizer, state["step"]
 
 
 def context_length(model) -> int:
@@ -1774,23 +1795,28 @@ def report(run_dir: Path, args: Args) -> None:
     print(f"{logs[-1]['flops']:.3g} FLOPs, run folder: {run_dir}")
 
 
+def catch_stops() -> list[int]:
+    """Let Ctrl-C and SIGTERM fill this list, so that the run can finish its step and
+    save; the second one ends it at once."""
+    stops = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
+    return stops
+
+
 def train(args: Args) -> int:
     """Find hard problems and traces; cut prefixes; RL on both kinds of problem."""
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
     known = hash_prompts(problems + held_out, args)
-    run_dir, step = Path(args.run_dir), 0
+    run_dir = Path(args.run_dir)
     writer = args.trace_model or ("careful" if args.model == "tiny" else "base")
     writer = writer if needs_traces(args) and not args.traces else "base"
     name, writer = (built_in(x, problems, args) for x in (args.model, writer))
     problems, last = problems[: args.candidates], run_dir / "checkpoint"
     model, tokenizer = load_model(str(last) if args.resume else name, args)
     add_lora(model, args)
-    reference = None
-    if args.kl_coef and args.lora_rank:
-        reference = model  # its adapters are off then
-    elif args.kl_coef:
-        reference = load_model(name, args)[0].requires_grad_(False)
+    reference = load_reference(name, model, args)
     longest = context_length(model) - args.max_new_tokens
     rows = len(model.get_input_embeddings().weight)
     tests = encode_prompts(tokenizer, held_out, longest, rows), held_out
@@ -1798,13 +1824,9 @@ def train(args: Args) -> int:
     prompts = encode_prompts(tokenizer, problems, longest - args.max_new_tokens, rows)
     if RANK == 0:
         tqdm.write(f"first prompt: {tokenizer.decode(prompts[0])!r}")
-    how = dict(lr=0.0, weight_decay=0.0, fused=True)
-    optimizer = torch.optim.AdamW(model.parameters(), **how)
+    optimizer, step = make_optimizer(model, args)
     parts = model, tokenizer, optimizer
     if args.resume:
-        state = torch.load(last / "state.pt", args.device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
         with blame(f"{run_dir} cannot be resumed"):
             found = [json.loads(line) for line in (run_dir / "traces.jsonl").open()]
             logs = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]  # whole
@@ -1829,9 +1851,7 @@ def train(args: Args) -> int:
     total, pass_1 = metrics["flops"], metrics.get("eval/hard_pass@1", math.nan)
     if 0 < args.max_flops <= total:
         fail(f"--max-flops {args.max_flops:.3g}: {total:.3g} spent by step {step}")
-    stops = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
-        signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
+    stops = catch_stops()
     if RANK == 0:  # an earlier end leaves no folder; the same command continues it
         _lock = open_run(args, step, known)  # until this function returns
     if RANK == 0 and not args.resume:

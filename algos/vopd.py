@@ -303,10 +303,11 @@ def read_problems(file: str, source, most: int, args: Args) -> list[Problem]:
 def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
     """Training problems, held-out problems (no overlap), reward(problem, text)."""
     files, sources, reward = open_task(args)
-    many = 20_000, args.eval_prompts
-    train, held_out = (read_problems(*part, args) for part in zip(files, sources, many))
-    tenth = args.data and not args.eval_data
-    held_out, read = held_out[:: 10 if tenth else 1], len(train)
+    train = read_problems(files[0], sources[0], 20_000, args)
+    held_out = read_problems(files[1], sources[1], args.eval_prompts, args)
+    read = len(train)
+    if args.data and not args.eval_data:
+        held_out = held_out[::10]
     name = lambda problem: json.dumps(problem.prompt, sort_keys=True, default=str)
     seen = {name(problem) for problem in held_out}
     train = [problem for problem in train if name(problem) not in seen]
@@ -593,6 +594,18 @@ def add_lora(model, args: Args) -> None:
         if not weight.requires_grad and args.dtype == "bfloat16":
             weight.data = weight.data.bfloat16()
     model.to(args.device)
+
+
+def make_optimizer(model, args: Args) -> tuple[torch.optim.Optimizer, int]:
+    """AdamW, and the steps made so far: 0, or those of the run that is resumed."""
+    how = dict(lr=0.0, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), **how)
+    if not args.resume:
+        return optimizer, 0
+    file = Path(args.resume, "checkpoint", "state.pt")
+    state = torch.load(file, args.device, weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    return optimizer, state["step"]
 
 
 def context_length(model) -> int:
@@ -1378,6 +1391,24 @@ def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, floa
     return metrics | {"peak_memory_gb": peak / 2**30}
 
 
+def catch_stops() -> list[int]:
+    """Let Ctrl-C and SIGTERM fill this list, so that the run can finish its step and
+    save; the second one ends it at once."""
+    stops = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
+    return stops
+
+
+def batch_indices(count: int, step: int, args: Args) -> np.ndarray:
+    """Which of `count` problems the step is about, this rank's share: every problem
+    once per epoch, in an order that depends on seed and epoch alone."""
+    n = args.prompts_per_step
+    epoch, place = divmod(step - 1, count // n)
+    order = np.random.default_rng([args.seed, 1, epoch]).permutation(count)
+    return order[place * n : (place + 1) * n][RANK::WORLD_SIZE]
+
+
 def train(args: Args) -> int:
     """Sample, let the teacher score, update, log; evaluate and save now and then."""
     transformers.utils.logging.disable_progress_bar()
@@ -1393,7 +1424,7 @@ def train(args: Args) -> int:
     if name == "tiny":
         name = tiny_model(problems, args.seed, args.tiny_steps, STUDENT_WIDTH)
     last = Path(args.run_dir, "checkpoint")
-    step, kl = 0, math.nan
+    kl = math.nan
     model, tokenizer = load_model(str(last) if args.resume else name, args)
     add_lora(model, args)
     if args.lora_rank and teacher.name_or_path == model.name_or_path:
@@ -1406,19 +1437,12 @@ def train(args: Args) -> int:
     rows = len(model.get_input_embeddings().weight)
     prompts = encode_prompts(tokenizer, problems, longest, rows)
     tests = encode_prompts(tokenizer, held_out, longest, rows)
-    first = np.random.default_rng([args.seed, 1, 0]).permutation(len(problems))[0]
+    first = batch_indices(len(problems), 1, args)[0]
     if RANK == 0:
         tqdm.write(f"first prompt: {tokenizer.decode(prompts[first])!r}")
-    how = dict(lr=0.0, weight_decay=0.0, fused=True)
-    optimizer = torch.optim.AdamW(model.parameters(), **how)
+    optimizer, step = make_optimizer(model, args)
     parts = model, tokenizer, optimizer
-    if args.resume:
-        state = torch.load(last / "state.pt", args.device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    run_dir, stops = Path(args.run_dir), []
-    for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
-        signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
+    run_dir, stops = Path(args.run_dir), catch_stops()
     task = teacher, tokenizer, tests, held_out, reward, args
     if not args.resume:
         metrics, best = evaluate(model, *task), evaluate(teacher, *task)
@@ -1434,9 +1458,7 @@ def train(args: Args) -> int:
     bar = tqdm(steps, initial=step, total=args.steps, disable=RANK > 0)
     for step in bar:
         clock = [time.perf_counter()]
-        epoch, place = divmod(step - 1, len(problems) // n)
-        order = np.random.default_rng([args.seed, 1, epoch]).permutation(len(problems))
-        batch = order[place * n : (place + 1) * n][RANK::WORLD_SIZE]
+        batch = batch_indices(len(problems), step, args)
         asked, noise = [prompts[i] for i in batch], uniforms(args, step, n, group_size)
         posed = [problems[i] for i in batch for _ in range(group_size)]
         with nothing_lost(args, step - 1, parts):
