@@ -363,8 +363,8 @@ def answer_reward(problem: Problem, completion: str) -> float:
     """For --data: 1.0 if the answer is the text after the last "Answer:" (all the text
     if there is none) or the last number in it, else 0.0."""
     texts = str(problem.answer), completion[-1000:].rpartition("Answer:")[2]
-    texts = [text.replace("\N{MINUS SIGN}", "-") for text in texts]  # **Answer: B.**
-    answer, text = (x.strip("* \r\n\t").rstrip("*. \r\n\t") for x in texts)
+    texts = [text.replace("\N{MINUS SIGN}", "-") for text in texts]
+    answer, text = (x.strip("* \r\n\t").rstrip("*. \r\n\t") for x in texts)  # **B.**
     number = r"(?:(?<![\w)])-)?(?:[0-9]+(?:[.,/][0-9]+)*|(?<![0-9])[.][0-9]+)"
     numbers = re.findall(number, text)
     return float(answer != "" and answer in (text, *numbers[-1:]))
@@ -389,7 +389,7 @@ def to_problem(item: Problem | dict) -> Problem:
     prompt, solution = item["prompt"], item.get("solution")
     check_prompt(prompt)
     solution = "" if solution is None else str(solution)
-    f"{prompt}{solution}".encode()  # half a character is an error
+    f"{prompt}{solution}".encode()  # ValueError: half a character
     return Problem(prompt, item["answer"], solution)
 
 
@@ -480,6 +480,7 @@ def hash_prompts(problems: list[Problem], args: Args) -> int:
     ranks and after a --resume."""
     text = str([p[:2] if args.data else p.prompt for p in problems]).encode()
     known = saved = int(hashlib.sha256(text).hexdigest()[:15], 16)
+    # the maxima of x and of -x add up to 0 only if x is the same on all ranks
     ends = all_reduce(torch.tensor([known, -known], device=args.device), "MAX")
     if args.resume:
         about = json.loads(Path(args.resume, "args.json").read_text())
@@ -516,9 +517,9 @@ def warm_start(problems: list[Problem], seed: int, steps: int, width: int) -> tu
         prompts = tokenizer([p.prompt for p in batch])["input_ids"]
         answers = tokenizer([p.solution + "<eos>" for p in batch])["input_ids"]
         tokens = torch.cat([pad(prompts, 0, "left"), pad(answers, 0, "right")], -1)
-        mask, width = (tokens != 0).long(), max(map(len, answers))
-        logprobs, _ = token_logprobs(model, tokens, mask, width, temperature=1.0)
-        (-logprobs.sum() / mask[:, -width:].sum()).backward()
+        mask, longest = (tokens != 0).long(), max(map(len, answers))
+        logprobs, _ = token_logprobs(model, tokens, mask, longest, temperature=1.0)
+        (-logprobs.sum() / mask[:, -longest:].sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -678,8 +679,8 @@ def make_optimizer(model, args: Args) -> tuple[torch.optim.Optimizer, int]:
 
 
 def context_length(model) -> int:
-    """The most tokens of a row. longrope has other frequencies for all keys where the
-    longest row of a batch is above its original length: that is not gone beyond."""
+    """The most tokens in a row, prompt and completion. With longrope it is the original
+    length: one longer row would change the frequencies of all rows in its batch."""
     ropes = getattr(model.config, "rope_parameters", None) or {}
     ropes = [x for x in (ropes, *ropes.values()) if isinstance(x, dict)]
     ropes = [x for x in ropes if x.get("rope_type") == "longrope"]
@@ -688,8 +689,9 @@ def context_length(model) -> int:
 
 
 def without_noise(model) -> None:
-    """Training mode for what gradient checkpointing asks it of, and for nothing else:
-    dropout or the noise of a router would make another policy of the one sampled."""
+    """Training mode only for modules that need it for gradient checkpointing. Elsewhere
+    it would turn on dropout or a router's noise, and the policy that is scored would
+    not be the one that was sampled."""
     for module in model.modules():
         module.training = getattr(module, "gradient_checkpointing", False)
 
@@ -775,8 +777,8 @@ def completion_mask(completions: torch.Tensor, eos_token_id) -> tuple:
 
 
 class Columns(transformers.cache_utils.DynamicLayer):
-    """Keys and values (B, H, L, D) of a layer, written in place: new ones go to column
-    `end` (1,), and the first `width` columns are read."""
+    """Keys and values (rows, heads, columns, head size) of a layer, written in place:
+    new ones go to column `end` (1,), and the first `width` columns are read."""
 
     is_compileable = True  # the mask is built without reading its values
 
@@ -844,14 +846,15 @@ def record(step: Callable) -> Callable:
 
 @torch.no_grad()
 def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> tuple:
-    """Completions (B, C) from the plain softmax at a temperature, and log-probs (B, C).
+    """Completions (B, C) int64 from the plain softmax at a temperature, and their
+    log-probs (B, C) float32.
 
-    prompts (N, P), left-padded, are read once and shared by their B / N completions.
-    noise (B, C) in [0, 1) is the only randomness: the inverse CDF turns it into tokens,
-    so a completion does not depend on the others in its batch. No warper of the
-    checkpoint's generation_config (top_k, penalties) is applied. eos_token_id (E,): as
-    in completion_mask; what follows the first EOS is meaningless. Finished rows are
-    dropped.
+    prompts and attention_mask (N, P), left-padded, are read once and shared by their
+    B / N completions, which stand in a row. noise (B, C) in [0, 1) is the only
+    randomness: the inverse CDF turns it into tokens, so a completion does not depend on
+    the others in its batch. No warper of the checkpoint's generation_config (top_k,
+    penalties) is applied. eos_token_id (E,): as in completion_mask; what follows the
+    first EOS is meaningless. Finished rows are dropped.
 
     A step reads and writes tensors in place, so that a GPU can replay it as one CUDA
     graph instead of launching its many small kernels from Python. New shapes (rows
@@ -864,10 +867,12 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
     rows = torch.arange(B, device=device)  # still being decoded
     running = torch.ones_like(rows, dtype=torch.bool)
     end = torch.full((1,), P, device=device)  # where the cache ends
-    token, cache = rows[:, None].clone(), transformers.DynamicCache()
+    token = torch.zeros_like(rows[:, None])  # (B, 1), the last ones drawn
+    cache = transformers.DynamicCache()
     kwargs = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
+    # draw and step read and write the variables of decode
     def draw(logits) -> None:
         t = end - P
         log_softmax = (logits.float() / temperature).log_softmax(-1)
@@ -930,11 +935,14 @@ def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> R
     ids = pad(prompts, tokenizer.pad_token_id, "left").to(args.device)
     seen = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(args.device)
     noise = noise.float() if args.device == "mps" else noise  # MPS has no float64
-    noise, n = noise.to(args.device), max(1, most // group_size)
-    chunks = zip(ids.split(n), seen.split(n), noise.split(n * group_size))
-    batches = [(*chunk, part) for *chunk, rows in chunks for part in rows.split(most)]
+    noise, n = noise.to(args.device), max(1, most // group_size)  # n prompts at once
+    parts = []
     with autocast(args):
-        parts = [decode(model, *batch, args.temperature, eos) for batch in batches]
+        for x, mask, rows in zip(
+            ids.split(n), seen.split(n), noise.split(n * group_size)
+        ):
+            for u in rows.split(most):  # a part of a group, if a group is above `most`
+                parts.append(decode(model, x, mask, u, args.temperature, eos))
     completions, logprobs = (torch.cat(part) for part in zip(*parts))
     mask, truncated = completion_mask(completions, eos)
     width = int(mask.sum(-1).max())
@@ -958,24 +966,28 @@ def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
     where attention_mask (B, T) is 1. All-padding columns are cut off. A prompt shared
     by consecutive rows is read once, except with gradient checkpointing."""
     scored = attention_mask[:, -completion_length:].bool()
-    used = attention_mask.any(0).nonzero()[:, 0]
+    used = attention_mask.any(0).nonzero()[:, 0]  # columns that are not all padding
     start, end = int(used[0]), int(used[-1]) + 1
     width = completion_length - (tokens.shape[1] - end)  # columns of completions
+    n = end - start - width  # columns of prompts
+    # the last column is no input: nothing behind it is scored
     tokens, mask = tokens[:, start : end - 1], attention_mask[:, start : end - 1]
-    positions, n = (mask.cumsum(-1) - 1).clamp(min=0), end - start - width
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
     inputs = tokens, mask, positions
     cache, prompt_hidden = None, []
-    context = torch.cat([tokens[:, :n], mask[:, :n]], -1)
-    first = (context != context.roll(1, 0)).any(-1)  # the first row with this prompt
+    prompts = torch.cat([tokens[:, :n], mask[:, :n]], -1)
+    first = (prompts != prompts.roll(1, 0)).any(-1)  # the first row with this prompt
     first[0] = True
-    kept = not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    if kept and width > 1 and not first.all():
-        cache, own = transformers.DynamicCache(), first.cumsum(0) - 1
+    modules = model.modules()
+    recompute = any(getattr(m, "gradient_checkpointing", False) for m in modules)
+    if not recompute and width > 1 and not first.all():
+        cache = transformers.DynamicCache()
+        prompt_of_row = first.cumsum(0) - 1  # (B,)
         x, seen, places = (part[first, :n] for part in inputs)
         kwargs = dict(attention_mask=seen, position_ids=places, past_key_values=cache)
         output = model.base_model(x, use_cache=True, **kwargs)
-        prompt_hidden = [output.last_hidden_state[own, -1:]]
-        cache.batch_select_indices(own)
+        prompt_hidden = [output.last_hidden_state[prompt_of_row, -1:]]
+        cache.batch_select_indices(prompt_of_row)
         inputs = tokens[:, n:], mask, positions[:, n:]
     x, seen, places = inputs
     kwargs = dict(attention_mask=seen, position_ids=places, past_key_values=cache)
@@ -1041,7 +1053,7 @@ def token_logprobs(
     size = 2 if torch.is_autocast_enabled(tokens.device.type) else 4  # bytes of a logit
     n = 2**28 // size // head.weight.shape[0] + 1
     targets = tokens[:, -completion_length:][scored]
-    batch = hidden / temperature, head.weight, bias, targets, n  # scales the logits
+    batch = hidden / temperature, head.weight, bias, targets, n  # logits / temperature
     zeros = torch.zeros(scored.shape, device=tokens.device)
     return tuple(zeros.masked_scatter(scored, x) for x in Logprobs.apply(*batch))
 
@@ -1066,7 +1078,8 @@ def group_advantages(rewards, group_size: int, scale: str = "std") -> torch.Tens
 
 
 def loss_weights(mask: torch.Tensor, normalization: str, max_length: int) -> tuple:
-    """w (B, C) and Z of the module docstring; fully masked rows are not counted."""
+    """Weights w (B, C) of the module docstring, and this rank's share of Z, a scalar
+    tensor, from mask (B, C); max_length in tokens. Rows masked whole do not count."""
     lengths = mask.sum(-1, keepdim=True)
     rows = (lengths > 0).sum().float()
     if normalization == "sequence":
@@ -1080,16 +1093,16 @@ def policy_loss(
     """-J without the KL: PPO's clipped surrogate with DAPO's two clip limits, a scalar.
 
     logprobs, old_logprobs (B, C); advantages (B,) or (B, C); mask (B, C): a token's
-    weight w, or 0; denominator: Z. Losses and stats (tokens; clipped: those whose
-    gradient the clip zeroes) of micro-batches add up to those of the batch.
+    weight w, or 0; denominator: Z. Stats: tokens, and clipped, the number of them whose
+    gradient the clip makes 0. These and the loss add up over micro-batches.
     """
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     ratio = (logprobs - old_logprobs).exp()  # rho_t
     surrogate = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     loss = -(torch.minimum(surrogate, clipped) * mask).sum() / max(denominator, 1)
-    taken = ((clipped < surrogate) & (mask > 0)).sum()
-    return loss, {"tokens": (mask > 0).sum(), "clipped": taken}
+    no_gradient = (clipped < surrogate) & (mask > 0)
+    return loss, {"tokens": (mask > 0).sum(), "clipped": no_gradient.sum()}
 
 
 def kl_loss(logprobs, old_logprobs, ref_logprobs, mask, denominator) -> torch.Tensor:
@@ -1505,7 +1518,8 @@ def parse_args() -> Args:
 
 
 def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, float]:
-    """Metrics of a rollout (means over the ranks), of time and of memory."""
+    """Metrics of a rollout (means over the ranks), of time (seconds; tokens sampled per
+    second of the whole step) and of peak memory (2^30 bytes, of this rank)."""
     groups = rollout.rewards.view(-1, args.group_size)
     dead = (groups.amax(-1) == groups.amin(-1)).float()
     lengths = rollout.completion_mask.sum(-1)

@@ -230,8 +230,8 @@ def answer_reward(problem: Problem, completion: str) -> float:
     """For --data: 1.0 if the answer is the text after the last "Answer:" (all the text
     if there is none) or the last number in it, else 0.0."""
     texts = str(problem.answer), completion[-1000:].rpartition("Answer:")[2]
-    texts = [text.replace("\N{MINUS SIGN}", "-") for text in texts]  # **Answer: B.**
-    answer, text = (x.strip("* \r\n\t").rstrip("*. \r\n\t") for x in texts)
+    texts = [text.replace("\N{MINUS SIGN}", "-") for text in texts]
+    answer, text = (x.strip("* \r\n\t").rstrip("*. \r\n\t") for x in texts)  # **B.**
     number = r"(?:(?<![\w)])-)?(?:[0-9]+(?:[.,/][0-9]+)*|(?<![0-9])[.][0-9]+)"
     numbers = re.findall(number, text)
     return float(answer != "" and answer in (text, *numbers[-1:]))
@@ -344,6 +344,7 @@ def hash_prompts(problems: list[Problem], args: Args) -> int:
     ranks and after a --resume."""
     text = str([p[:2] if args.data else p.prompt for p in problems]).encode()
     known = saved = int(hashlib.sha256(text).hexdigest()[:15], 16)
+    # the maxima of x and of -x add up to 0 only if x is the same on all ranks
     ends = all_reduce(torch.tensor([known, -known], device=args.device), "MAX")
     if args.resume:
         about = json.loads(Path(args.resume, "args.json").read_text())
@@ -380,9 +381,9 @@ def warm_start(problems: list[Problem], seed: int, steps: int, width: int) -> tu
         prompts = tokenizer([p.prompt for p in batch])["input_ids"]
         answers = tokenizer([p.solution + "<eos>" for p in batch])["input_ids"]
         tokens = torch.cat([pad(prompts, 0, "left"), pad(answers, 0, "right")], -1)
-        mask, width = (tokens != 0).long(), max(map(len, answers))
-        logprobs, _ = token_logprobs(model, tokens, mask, width, temperature=1.0)
-        (-logprobs.sum() / mask[:, -width:].sum()).backward()
+        mask, longest = (tokens != 0).long(), max(map(len, answers))
+        logprobs, _ = token_logprobs(model, tokens, mask, longest, temperature=1.0)
+        (-logprobs.sum() / mask[:, -longest:].sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -609,8 +610,8 @@ def make_optimizer(model, args: Args) -> tuple[torch.optim.Optimizer, int]:
 
 
 def context_length(model) -> int:
-    """The most tokens of a row. longrope has other frequencies for all keys where the
-    longest row of a batch is above its original length: that is not gone beyond."""
+    """The most tokens in a row, prompt and completion. With longrope it is the original
+    length: one longer row would change the frequencies of all rows in its batch."""
     ropes = getattr(model.config, "rope_parameters", None) or {}
     ropes = [x for x in (ropes, *ropes.values()) if isinstance(x, dict)]
     ropes = [x for x in ropes if x.get("rope_type") == "longrope"]
@@ -619,8 +620,9 @@ def context_length(model) -> int:
 
 
 def without_noise(model) -> None:
-    """Training mode for what gradient checkpointing asks it of, and for nothing else:
-    dropout or the noise of a router would make another policy of the one sampled."""
+    """Training mode only for modules that need it for gradient checkpointing. Elsewhere
+    it would turn on dropout or a router's noise, and the policy that is scored would
+    not be the one that was sampled."""
     for module in model.modules():
         module.training = getattr(module, "gradient_checkpointing", False)
 
@@ -706,8 +708,8 @@ def completion_mask(completions: torch.Tensor, eos_token_id) -> tuple:
 
 
 class Columns(transformers.cache_utils.DynamicLayer):
-    """Keys and values (B, H, L, D) of a layer, written in place: new ones go to column
-    `end` (1,), and the first `width` columns are read."""
+    """Keys and values (rows, heads, columns, head size) of a layer, written in place:
+    new ones go to column `end` (1,), and the first `width` columns are read."""
 
     is_compileable = True  # the mask is built without reading its values
 
@@ -775,14 +777,15 @@ def record(step: Callable) -> Callable:
 
 @torch.no_grad()
 def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> tuple:
-    """Completions (B, C) from the plain softmax at a temperature, and log-probs (B, C).
+    """Completions (B, C) int64 from the plain softmax at a temperature, and their
+    log-probs (B, C) float32.
 
-    prompts (N, P), left-padded, are read once and shared by their B / N completions.
-    noise (B, C) in [0, 1) is the only randomness: the inverse CDF turns it into tokens,
-    so a completion does not depend on the others in its batch. No warper of the
-    checkpoint's generation_config (top_k, penalties) is applied. eos_token_id (E,): as
-    in completion_mask; what follows the first EOS is meaningless. Finished rows are
-    dropped.
+    prompts and attention_mask (N, P), left-padded, are read once and shared by their
+    B / N completions, which stand in a row. noise (B, C) in [0, 1) is the only
+    randomness: the inverse CDF turns it into tokens, so a completion does not depend on
+    the others in its batch. No warper of the checkpoint's generation_config (top_k,
+    penalties) is applied. eos_token_id (E,): as in completion_mask; what follows the
+    first EOS is meaningless. Finished rows are dropped.
 
     A step reads and writes tensors in place, so that a GPU can replay it as one CUDA
     graph instead of launching its many small kernels from Python. New shapes (rows
@@ -795,10 +798,12 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
     rows = torch.arange(B, device=device)  # still being decoded
     running = torch.ones_like(rows, dtype=torch.bool)
     end = torch.full((1,), P, device=device)  # where the cache ends
-    token, cache = rows[:, None].clone(), transformers.DynamicCache()
+    token = torch.zeros_like(rows[:, None])  # (B, 1), the last ones drawn
+    cache = transformers.DynamicCache()
     kwargs = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
+    # draw and step read and write the variables of decode
     def draw(logits) -> None:
         t = end - P
         log_softmax = (logits.float() / temperature).log_softmax(-1)
@@ -861,11 +866,14 @@ def generate(model, tokenizer, prompts: list[list[int]], noise, args: Args) -> R
     ids = pad(prompts, tokenizer.pad_token_id, "left").to(args.device)
     seen = pad([[1] * len(prompt) for prompt in prompts], 0, "left").to(args.device)
     noise = noise.float() if args.device == "mps" else noise  # MPS has no float64
-    noise, n = noise.to(args.device), max(1, most // group_size)
-    chunks = zip(ids.split(n), seen.split(n), noise.split(n * group_size))
-    batches = [(*chunk, part) for *chunk, rows in chunks for part in rows.split(most)]
+    noise, n = noise.to(args.device), max(1, most // group_size)  # n prompts at once
+    parts = []
     with autocast(args):
-        parts = [decode(model, *batch, args.temperature, eos) for batch in batches]
+        for x, mask, rows in zip(
+            ids.split(n), seen.split(n), noise.split(n * group_size)
+        ):
+            for u in rows.split(most):  # a part of a group, if a group is above `most`
+                parts.append(decode(model, x, mask, u, args.temperature, eos))
     completions, logprobs = (torch.cat(part) for part in zip(*parts))
     mask, truncated = completion_mask(completions, eos)
     width = int(mask.sum(-1).max())
@@ -889,24 +897,28 @@ def last_hidden(model, tokens, attention_mask, completion_length: int) -> tuple:
     where attention_mask (B, T) is 1. All-padding columns are cut off. A prompt shared
     by consecutive rows is read once, except with gradient checkpointing."""
     scored = attention_mask[:, -completion_length:].bool()
-    used = attention_mask.any(0).nonzero()[:, 0]
+    used = attention_mask.any(0).nonzero()[:, 0]  # columns that are not all padding
     start, end = int(used[0]), int(used[-1]) + 1
     width = completion_length - (tokens.shape[1] - end)  # columns of completions
+    n = end - start - width  # columns of prompts
+    # the last column is no input: nothing behind it is scored
     tokens, mask = tokens[:, start : end - 1], attention_mask[:, start : end - 1]
-    positions, n = (mask.cumsum(-1) - 1).clamp(min=0), end - start - width
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
     inputs = tokens, mask, positions
     cache, prompt_hidden = None, []
-    context = torch.cat([tokens[:, :n], mask[:, :n]], -1)
-    first = (context != context.roll(1, 0)).any(-1)  # the first row with this prompt
+    prompts = torch.cat([tokens[:, :n], mask[:, :n]], -1)
+    first = (prompts != prompts.roll(1, 0)).any(-1)  # the first row with this prompt
     first[0] = True
-    kept = not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    if kept and width > 1 and not first.all():
-        cache, own = transformers.DynamicCache(), first.cumsum(0) - 1
+    modules = model.modules()
+    recompute = any(getattr(m, "gradient_checkpointing", False) for m in modules)
+    if not recompute and width > 1 and not first.all():
+        cache = transformers.DynamicCache()
+        prompt_of_row = first.cumsum(0) - 1  # (B,)
         x, seen, places = (part[first, :n] for part in inputs)
         kwargs = dict(attention_mask=seen, position_ids=places, past_key_values=cache)
         output = model.base_model(x, use_cache=True, **kwargs)
-        prompt_hidden = [output.last_hidden_state[own, -1:]]
-        cache.batch_select_indices(own)
+        prompt_hidden = [output.last_hidden_state[prompt_of_row, -1:]]
+        cache.batch_select_indices(prompt_of_row)
         inputs = tokens[:, n:], mask, positions[:, n:]
     x, seen, places = inputs
     kwargs = dict(attention_mask=seen, position_ids=places, past_key_values=cache)
@@ -972,7 +984,7 @@ def token_logprobs(
     size = 2 if torch.is_autocast_enabled(tokens.device.type) else 4  # bytes of a logit
     n = 2**28 // size // head.weight.shape[0] + 1
     targets = tokens[:, -completion_length:][scored]
-    batch = hidden / temperature, head.weight, bias, targets, n  # scales the logits
+    batch = hidden / temperature, head.weight, bias, targets, n  # logits / temperature
     zeros = torch.zeros(scored.shape, device=tokens.device)
     return tuple(zeros.masked_scatter(scored, x) for x in Logprobs.apply(*batch))
 
