@@ -55,14 +55,14 @@ CELLS = {  # of the metric: its gain or its end; seeds, worst seed, wall time
 FINDINGS = {  # (claim, the verdict that makes it true, sentence)
     "grpo": [
         ("TRL: its trainer has the same learning curve", "replicated",
-         "Within 0.05 of the pass@1 of TRL's trainer at every evaluation (IQM), on the "
-         "lower side."),
+         "Within 0.05 of the pass@1 of TRL's trainer at every evaluation "
+         "(interquartile mean), on the lower side."),
         ("Ours: two updates on a batch end higher than one", "replicated",
-         "Two updates on a batch raise pass@1"),
+         "Two updates on a batch end above one in pass@1"),
         ("Ours: two updates cost less than 0.02 of pass@8", "inconclusive",
-         "and lower pass@8;"),
+         "and below it in pass@8;"),
         ("Ours: four updates cost less than 0.02 of pass@8", "not replicated",
-         "four lower it further."),
+         "four end lower still in pass@8."),
     ],
     "vopd": [
         ("vOPD: the baseline ends at a lower reverse KL than no baseline", "replicated",
@@ -198,7 +198,8 @@ def results(script: str, runs: list[dict]) -> str:
             text = f"{claim.text} ({compared})"
             rows.append([text, str(found["seeds"]), gap, found["verdict"]])
     table = report.table(["claim", "seeds", "difference [95 %]", "verdict"], rows)
-    parts = [intro, arms, table]
+    meanings = report.meanings(claims.METRICS[script].split())
+    parts = [intro, arms, f"{meanings}.", table]
     if missing:
         parts.append(f"Claims {NOT_YET}: {'; '.join(missing)}.")
     return "\n\n".join(["", *parts, ""]).removeprefix("\n")
@@ -248,7 +249,7 @@ def estimator_cost(found: dict) -> tuple[str, list[str], list[list[str]]]:
     intro = f"loss and backward pass of {found['tokens']:,} tokens, hidden size "
     intro += f"{found['hidden']:,}, OMP_NUM_THREADS {found['threads']}: time (its "
     intro += "range over turns), memory at the peak, each as a ratio to `sampled` in "
-    intro += f"the same run ({min(times):.0f} to {max(times):.0f} s at V = "
+    intro += f"the same run ({min(times):.1f} to {max(times):.1f} s at V = "
     intro += f"{int(most):,})."
     return intro, ["estimator", *(f"V = {int(v):,}" for v in sizes)], rows
 
@@ -594,7 +595,12 @@ def numbers(name: str, found: dict) -> str:
     code = {own: found.get("code")} if own else found.get("code", {})
     old = [f"{x}.py" for x in code if code[x] != claims.code_now(x, "default")]
     intro += f" Measured with older code of {', '.join(old)}." if old else ""
-    shown = map(report.table, tables[::2], tables[1::2])
+    nothing = f"not done|no time was left|{NOT_YET}"  # in place of a table's first row
+    pairs = [
+        (names, [row for row in rows if not re.match(nothing, row[0])])
+        for names, rows in zip(tables[::2], tables[1::2])
+    ]
+    shown = [report.table(names, rows) for names, rows in pairs if rows]
     return "\n".join(["", intro, "", *(f"{table}\n" for table in shown), ""])
 
 
