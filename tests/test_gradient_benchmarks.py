@@ -62,17 +62,17 @@ def test_batches_of_one_epoch_are_taken_for_independent(kind, monkeypatch):
     independent batches of 4 have none in common in 14 % of cases, not in two thirds."""
     program, script, drawn = load("prefix_gradients"), load_script("prefixrl"), []
 
-    def practice(model, reference, tokenizer, keep, batch, *_):
-        drawn.append({i for i, _ in batch})
-        keep.gradient = torch.zeros(1)
+    def practice(parts, reference, batch, *_):
+        drawn.append({x.problem for x in batch})
+        parts[-1].gradient = torch.zeros(1)
         return {"dead_group_share": 0.0}, {}
 
     monkeypatch.setattr(script, "practice", practice)
-    pool = [(i, []) for i in range(12)]
+    pool = [script.Exercise([5], i) for i in range(12)]
     monkeypatch.setattr(script, "cut_prefixes", lambda *_: pool)
     tokenizer, model = SimpleNamespace(eos_token_id=1), torch.nn.Linear(1, 1)
     model.generation_config = SimpleNamespace(eos_token_id=1)
-    around = tokenizer, (pool, pool), {}, None, kind, script.Args(prompts_per_step=4)
+    around = tokenizer, pool, None, kind, script.Args(prompts_per_step=4)
     program.gradients(script, model, *around, 100)
     assert all(len(batch) == 4 for batch in drawn)
     apart = [not a & b for a, b in itertools.pairwise(drawn)]
