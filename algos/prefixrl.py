@@ -25,7 +25,7 @@ problems without one (back-generalisation); eval/pass@k counts only those.
 
 Compute is counted as in the paper: 2 N FLOPs per token that N parameters read, 6 N per
 token trained on. Prompts, prefixes and the search for hard problems and traces count,
-evaluation does not. --max-flops ends runs at equal cost. Other ways to use the traces:
+evaluation does not. --max-flops ends runs at equal cost. Baselines and variants:
 
     --prefixes-per-problem 0                   plain RL on the hard problems
     --prefixes-per-problem 0 --sft-epochs 10   imitate the traces, then plain RL
@@ -33,13 +33,13 @@ evaluation does not. --max-flops ends runs at equal cost. Other ways to use the 
                                                group, A weighted by pi(z) / mu(z)
     --plain-share 0                            prefixed problems only
 
-Differences. mu(z) is the probability with which z was sampled; that z was kept because
-it is right is left out of the weight, which is only capped at e^20. The paper states no
-clip and no KL: grpo.py's (e_low, e_high, beta) are here, and with one update per batch
-the clip never acts. The paper, as far as is known, uses a learning rate of 1e-6, 128
-prompts per step, 512 samples of each hard problem and up to 2,500 tries for a trace.
-The second command below is a small version of that, with at most 7 million tokens to
-find the hard problems.
+Differences. mu(z) is the probability with which z was sampled; the weight does not
+correct for having kept z because it is right, and is capped at e^20. The paper states
+no clip and no KL: grpo.py's (e_low, e_high, beta) are here, and with one update per
+batch the clip never acts. The paper, as far as is known, uses a learning rate of 1e-6,
+128 prompts per step, 512 samples of each hard problem and up to 2,500 tries for a
+trace. The second command below is a small version of that, with at most 7 million
+tokens to find the hard problems.
 
     python algos/prefixrl.py
     python algos/prefixrl.py --model Qwen/Qwen3-0.6B-Base --data train.jsonl \
@@ -48,9 +48,9 @@ find the hard problems.
 
 The first, with nothing to download, learns chains of nine moves, all of one skill, from
 a model that gets a move right one time in four and a whole chain never. Its traces come
-from a better model (--trace-model careful): sampling them is counted, training either
-model is not. What is learned behind a prefix helps before it only if the steps have a
-skill in common, as here.
+from a better model (--trace-model careful); their FLOPs are counted, those of making
+the two models are not. What is learned behind a prefix helps before it only if the
+steps have a skill in common, as here.
 """
 
 from __future__ import annotations
@@ -225,8 +225,11 @@ def chain_reward(problem: Problem, completion: str) -> float:
     """1.0 if the completion is exactly the digits after each move, else 0.0: a right
     last digit alone earns nothing."""
     start, moves = problem.answer
-    sums = itertools.accumulate([start, *(MOVES[move] for move in moves)])
-    return float(completion == "".join(str(x % 10) for x in sums)[1:])
+    digit, right = start, ""
+    for move in moves:
+        digit = (digit + MOVES[move]) % 10
+        right += str(digit)
+    return float(completion == right)
 
 
 TASKS = {"chain": (chain_problems, chain_reward, 9)}  # 9: default size
@@ -917,14 +920,14 @@ def token_logprobs(
 
 
 class Exercise(NamedTuple):
-    """A problem to answer from some point on. Lists are token ids, [] if there is none;
-    trace and prefix continue the prompt."""
+    """A problem, a right answer to it, and the start of that which is given. All ids
+    are as they were sampled or read, never tokenised anew; [] where there are none."""
 
-    prompt: list[int]
+    prompt: list[int]  # x
     problem: Problem
-    trace: list[int] = []  # z: one right answer, as it was sampled or given
+    trace: list[int] = []  # z
     logprob: float | None = None  # log mu(z), if it is known
-    prefix: list[int] = []  # the start of z that is given
+    prefix: list[int] = []  # z_<h
 
 
 def without_stop(trace: list[int], stops: list[int]) -> list[int]:
@@ -947,8 +950,8 @@ def answer_ids(rollout: Rollout, batch: list[Exercise]) -> list[list[int]]:
 
 
 def complete(model, tokenizer, batch: list[Exercise], noise, args: Args) -> Rollout:
-    """Completions of prompt and prefix of each exercise. Their texts are whole answers,
-    prefix and completion decoded as one."""
+    """Completions behind prompt and prefix of each exercise. Their texts are those of
+    whole answers, prefix and completion decoded as one."""
     contexts = [x.prompt + x.prefix for x in batch]
     rollout = generate(model, tokenizer, contexts, noise, args)
     ids = answer_ids(rollout, batch)
@@ -962,8 +965,8 @@ def needs_traces(args: Args) -> bool:
 
 
 def load_sampler(model, tokenizer, problems: list[Problem], args: Args):
-    """The model that samples traces, None if no trace is to be sampled; "base": the
-    model that is trained. It must read and end its answers by the same ids."""
+    """The model that samples the traces, None if none are to be sampled. It must have
+    the vocabulary of the one that is trained, and end its answers by the same ids."""
     if args.traces or not needs_traces(args):
         return None
     name = args.trace_model or ("careful" if args.model == "tiny" else "base")
@@ -1050,8 +1053,8 @@ def find_traces(
 
     def try_all(network, exercises: list[Exercise], samples: int) -> tuple[list, int]:
         """What was found by `attempts`, chunk by chunk, and the FLOPs."""
-        tried, size = [], max(8, args.rollout_batch_size // samples)  # 8: for ranks
-        starts = range(0, len(exercises), size)
+        size = max(8, args.rollout_batch_size // samples)  # 8: work for some ranks
+        tried, starts = [], range(0, len(exercises), size)
         for start in tqdm(starts, "search", leave=False, disable=RANK > 0):
             chunk = exercises[start : start + size]
             how = reward, samples, next(numbers), folder, args
@@ -1087,7 +1090,7 @@ def find_traces(
 
 
 def read_traces(tokenizer, candidates, reward, longest: int, args: Args) -> dict:
-    """The traces in --traces, {place among the candidates: (ids, log-prob)}, each
+    """The traces of --traces, {place among the candidates: (ids, log-prob)}, each
     verified: "ids" are used as they are, a "text" is tokenised once. A bad line is
     reported, and skipped or, with --strict-traces, the end; a reward that fails is
     always the end."""
@@ -1136,18 +1139,20 @@ def read_traces(tokenizer, candidates, reward, longest: int, args: Args) -> dict
 def cut_prefix(trace: list[int], low: float, high: float, rng) -> list[int]:
     """The first h ids of a trace of n ids (section 3), h uniform over the whole numbers
     in [low n, high n], or the next one above low n if there is none. At least one id is
-    left to answer: h = n becomes n - 1. rng: random.Random.
-    ValueError: not 0 <= low <= high <= 1."""
+    left to answer: h = n becomes n - 1. rng: random.Random. ValueError: not
+    0 <= low <= high <= 1."""
     if not 0 <= low <= high <= 1:
         raise ValueError(f"0 <= {low} <= {high} <= 1 does not hold")
     n = len(trace)
-    least, most = math.ceil(round(low * n, 9)), math.floor(round(high * n, 9))
-    return trace[: min(rng.randint(least, max(least, most)), max(n - 1, 0))]
+    low, high = round(low * n, 9), round(high * n, 9)  # 0.56 * 25 is above 14
+    least, most = math.ceil(low), math.floor(high)
+    h = rng.randint(least, max(least, most))
+    return trace[: min(h, max(n - 1, 0))]
 
 
 def cut_prefixes(hard: list[Exercise], stops: list[int], args: Args) -> list[Exercise]:
-    """Phase 2: the prefixed problems, args.prefixes_per_problem of each trace, by the
-    seed. Without a trace, or with one too short for a prefix, there is none."""
+    """Phase 2: the prefixed problems, --prefixes-per-problem of each trace, a function
+    of the seed. A problem without a trace, or with one too short to cut, has none."""
     prefixed = []
     for i, exercise in enumerate(hard):
         rng = random.Random(f"{args.seed} prefix {i}")
@@ -1208,17 +1213,16 @@ def trained_tokens(rollout: Rollout, advantages, args: Args) -> int:
 
 
 def rollout_of(batch: list[Exercise], rows: list[list[int]], args: Args) -> Rollout:
-    """Given completions (B rows of ids, as many of each exercise) behind the prompts
-    alone, as if they had been sampled: not cut off, but with no texts, and with
-    log-probs and rewards of 0."""
-    n = len(rows) // len(batch)
+    """The given completions (B), as many for each prompt, as if they had been sampled:
+    none is cut off. Texts are empty, log-probs and rewards 0."""
+    n, width = len(rows) // len(batch), max(map(len, rows))
     prompts = [x.prompt for x in batch for _ in range(n)]
-    tokens = torch.cat([pad(prompts, 0, "left"), pad(rows, 0, "right")], -1)
-    sides = (prompts, "left"), (rows, "right")
-    seen = [pad([[1] * len(x) for x in part], 0, side) for part, side in sides]
-    tokens, mask = tokens.to(args.device), seen[1].float().to(args.device)
-    seen, none = torch.cat(seen, -1).to(args.device), torch.zeros_like(mask[:, 0])
-    return Rollout(tokens, seen, mask, 0 * mask, none, none.bool(), [""] * len(rows))
+    tokens = torch.cat([pad(prompts, -1, "left"), pad(rows, -1, "right")], -1)
+    tokens = tokens.to(args.device)
+    seen, none = (tokens >= 0).long(), torch.zeros(len(rows), device=args.device)
+    mask, texts = seen[:, -width:].float(), [""] * len(rows)
+    tokens = tokens.clamp(min=0)
+    return Rollout(tokens, seen, mask, 0 * mask, none, none.bool(), texts)
 
 
 def imitate(model, hard: list[Exercise], args: Args) -> int:
@@ -1271,6 +1275,19 @@ def put_traces(model, tokenizer, rollout, batch: list[Exercise], args: Args) -> 
     mu = torch.tensor([x.logprob for x in given.values()], device=args.device)
     weights[places] = (new.logprobs[places].sum(-1) - mu).clamp(max=20).exp()
     return new, weights, read
+
+
+def sample_batch(model, tokenizer, batch: list[Exercise], noise, args) -> tuple:
+    """The rollout of a step, weights for its advantages, and the tokens that were read
+    to make it, with --off-policy and --no-mask-prefix carried out."""
+    rollout, weights = complete(model, tokenizer, batch, noise, args), 1.0
+    read = read_tokens(rollout, args.group_size)
+    if args.off_policy:
+        rollout, weights, more = put_traces(model, tokenizer, rollout, batch, args)
+        read += more
+    if not args.mask_prefix:
+        rollout = unmask_prefixes(rollout, batch, args)
+    return rollout, weights, read
 
 
 def by_kind(rewards, batch: list[Exercise], args: Args) -> dict[str, float]:
@@ -1720,41 +1737,6 @@ def begin(model, tokenizer, tests, hard, reward, args) -> dict[str, float]:
     return metrics
 
 
-def practice(parts, reference, batch, reward, step: int, args) -> tuple[dict, dict]:
-    """A step of phase 3 on a batch of exercises: its metrics, with the FLOPs of this
-    step, and the sample for samples.jsonl. parts: model, tokenizer, optimizer."""
-    model, tokenizer, optimizer = parts
-    clock, n, weights = [time.perf_counter()], args.group_size, 1.0
-    noise = uniforms(args, step, args.prompts_per_step, n)
-    posed = [x.problem for x in batch for _ in range(n)]
-    with nothing_lost(args, step - 1, parts):
-        rollout = complete(model, tokenizer, batch, noise, args)
-        read = read_tokens(rollout, n)
-        if args.off_policy:
-            rollout, weights, more = put_traces(model, tokenizer, rollout, batch, args)
-            read += more
-        if not args.mask_prefix:
-            rollout = unmask_prefixes(rollout, batch, args)
-        clock.append(time.perf_counter())
-        rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
-    advantages = group_advantages(rollout.rewards, n, args.advantage_scale) * weights
-    clock.append(time.perf_counter())
-    warm = min(1.0, step / max(args.warmup_steps, 1))
-    optimizer.param_groups[0]["lr"] = args.learning_rate * warm
-    stats = update(model, reference, optimizer, rollout, advantages, args)
-    clock.append(time.perf_counter())
-    trained = trained_tokens(rollout, advantages, args)
-    read += trained // args.updates_per_batch if reference else 0
-    cost = all_reduce(torch.tensor([read, trained], device=args.device)).tolist()
-    metrics = {"step": step} | describe(rollout, clock, args) | stats
-    metrics |= by_kind(rollout.rewards, batch, args) | {"flops": flops(model, *cost)}
-    first = batch[0]
-    sample = {"prompt": tokenizer.decode(first.prompt + first.prefix)}
-    sample |= {"completions": rollout.texts[:n]}
-    sample |= {"rewards": rollout.rewards[:n].tolist()}
-    return metrics, sample
-
-
 def report(run_dir: Path, args: Args) -> None:
     """The table at the end: base, plain RL of the committed benchmark, this run."""
     logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
@@ -1774,7 +1756,8 @@ def report(run_dir: Path, args: Args) -> None:
 
 
 def train(args: Args) -> int:
-    """Find hard problems and traces; cut prefixes; RL on both kinds of problem."""
+    """Find hard problems and traces; cut prefixes; then as in grpo.py, on both kinds of
+    problem."""
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
     known = hash_prompts(problems + held_out, args)
@@ -1838,12 +1821,35 @@ def train(args: Args) -> int:
         save_checkpoint(run_dir, 0, *parts)
         traced = sum(bool(x.trace) for x in hard)
         print(f"{len(hard)} hard problems, {traced} of them with a trace")
+    n, group_size = args.prompts_per_step, args.group_size
     steps = range(step + 1, args.steps + 1)
     bar = tqdm(steps, initial=step, total=args.steps, disable=RANK > 0)
     for step in bar:  # phase 3
+        clock = [time.perf_counter()]
         batch = draw_batch(prefixed, hard, step, args)
-        metrics, sample = practice(parts, reference, batch, reward, step, args)
-        total = metrics["flops"] = total + metrics["flops"]
+        noise = uniforms(args, step, n, group_size)
+        posed = [x.problem for x in batch for _ in range(group_size)]
+        with nothing_lost(args, step - 1, parts):
+            rollout, weights, read = sample_batch(model, tokenizer, batch, noise, args)
+            clock.append(time.perf_counter())
+            rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
+        advantages = group_advantages(rollout.rewards, group_size, args.advantage_scale)
+        advantages = advantages * weights
+        clock.append(time.perf_counter())
+        warm = min(1.0, step / max(args.warmup_steps, 1))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * warm
+        stats = update(model, reference, optimizer, rollout, advantages, args)
+        clock.append(time.perf_counter())
+        trained = trained_tokens(rollout, advantages, args)
+        read += trained // args.updates_per_batch if reference else 0
+        cost = all_reduce(torch.tensor([read, trained], device=args.device)).tolist()
+        total += flops(model, *cost)
+        metrics = {"step": step} | describe(rollout, clock, args) | stats
+        metrics |= by_kind(rollout.rewards, batch, args) | {"flops": total}
+        prompt = batch[0].prompt + batch[0].prefix
+        sample = {"prompt": tokenizer.decode(prompt)}  # the first group
+        sample |= {"completions": rollout.texts[:group_size]}
+        sample |= {"rewards": rollout.rewards[:group_size].tolist()}
         end = step == args.steps or 0 < args.max_flops <= total
         if step % args.eval_every == 0 or end:
             state = args, step, parts, metrics, sample
@@ -1857,7 +1863,7 @@ def train(args: Args) -> int:
         bar.set_postfix(shown, GB=metrics["peak_memory_gb"])
         if step == 1 and RANK == 0:
             tqdm.write(f"first prompt of a batch: {sample['prompt']!r}")
-            tqdm.write(f"first completion: {sample['completions'][0]!r}")
+            tqdm.write(f"first completion: {rollout.texts[0]!r}")
             tqdm.write("a loss near 0 is normal: watch the reward and pass@1")
         if (stop or step % args.save_every == 0 or end) and RANK == 0:
             save_checkpoint(run_dir, step, *parts)

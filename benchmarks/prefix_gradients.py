@@ -51,14 +51,21 @@ def gradients(prefixrl, model, tokenizer, hard, reward, kind, args, batches):
     args.mask_prefix, args.off_policy = kind != KINDS[-2], kind == KINDS[-1]
     args.plain_share, args.max_grad_norm = float(kind.startswith("plain")), 1e30
     prefixed = prefixrl.cut_prefixes(hard, prefixrl.stop_ids(model, tokenizer), args)
-    parts = model, tokenizer, Keep(model.parameters(), 0.0)
+    keep, n = Keep(model.parameters(), 0.0), args.group_size
     pool, rows, live = hard if kind.startswith("plain") else prefixed, [], []
     for k in range(10**4, 10**4 + batches):  # noise that no run has seen
         step = 1 + k * len(pool)  # the first of an epoch: no batch depends on another
         batch = prefixrl.draw_batch(prefixed, hard, step, args)
-        metrics, _ = prefixrl.practice(parts, None, batch, reward, step, args)
-        rows.append(parts[-1].gradient)
-        live.append(1 - metrics["dead_group_share"])
+        noise = prefixrl.uniforms(args, step, len(batch), n)
+        posed = [exercise.problem for exercise in batch for _ in range(n)]
+        parts = model, tokenizer, batch, noise, args
+        rollout, weights, _ = prefixrl.sample_batch(*parts)
+        rollout.rewards = prefixrl.score(reward, posed, rollout.texts)
+        A = prefixrl.group_advantages(rollout.rewards, n, args.advantage_scale)
+        prefixrl.update(model, None, keep, rollout, A * weights, args)
+        rows.append(keep.gradient)
+        groups = rollout.rewards.view(-1, n)
+        live.append((groups.amax(-1) > groups.amin(-1)).float().mean().item())
     return torch.stack(rows), np.array(live)
 
 
