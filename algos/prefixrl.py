@@ -1039,13 +1039,14 @@ def attempts(
 
 
 def find_traces(
-    model, tokenizer, problems, candidates: list[Exercise], reward, longest: int, args
+    model, tokenizer, problems, candidates: list[Exercise], reward, args
 ) -> tuple[list[dict], dict]:
     """Phase 1: a record of each hard problem, as in traces.jsonl, and what was spent.
     problems: all to train on, of which the candidates are the first. What was tried is
     kept chunk by chunk, so that a killed search continues where it was."""
     traces = {}  # place among the candidates: (ids, log-prob)
     if args.traces:
+        longest = context_length(model) - args.max_new_tokens
         traces = read_traces(tokenizer, candidates, reward, longest, args)
     sampler = load_sampler(model, tokenizer, problems, args)
     models, numbers = (model, sampler or model), itertools.count()
@@ -1794,11 +1795,11 @@ def train(args: Args) -> int:
             logs = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]  # whole
             metrics = [r for r in map(json.loads, logs) if r["step"] <= step][-1]
     else:  # phase 1
-        task = problems, candidates, reward, longest, args
+        task = problems, candidates, reward, args
         found, metrics = find_traces(model, tokenizer, *task)
     hard = []
     for record in found:
-        trace = {"trace": record["ids"] or [], "logprob": record["logprob"]}
+        trace = dict(trace=record["ids"] or [], logprob=record["logprob"])
         hard.append(candidates[record["problem"]]._replace(**trace))
     prefixed = cut_prefixes(hard, stop_ids(model, tokenizer), args)  # phase 2
     if args.prefixes_per_problem and not prefixed:
