@@ -1727,15 +1727,37 @@ def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, floa
     return metrics | {"peak_memory_gb": peak / 2**30}
 
 
-def begin(model, tokenizer, tests, hard, reward, args) -> dict[str, float]:
-    """The first evaluation; then imitation, if asked for, and another evaluation."""
-    metrics = evaluate_all(model, tokenizer, tests, hard, reward, args)
-    metrics["flops_sft"] = 0
-    if args.sft_epochs:
-        metrics["flops_sft"] = imitate(model, hard, args)
-        after = evaluate_all(model, tokenizer, tests, hard, reward, args)
-        metrics |= {key.replace("eval/", "sft/"): x for key, x in after.items()}
-    return metrics
+def prepare(parts, problems, candidates, tests, reward, step: int, args) -> tuple:
+    """All before phase 3: the records of traces.jsonl, the hard and the prefixed
+    exercises, and the metrics of `step`, the last one that was made. A resumed run
+    reads what it found before. Imitation comes between two evaluations."""
+    model, tokenizer, _ = parts
+    run_dir = Path(args.run_dir)
+    if args.resume:
+        with blame(f"{run_dir} cannot be resumed"):
+            found = [json.loads(line) for line in (run_dir / "traces.jsonl").open()]
+            logs = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]  # whole
+            metrics = [r for r in map(json.loads, logs) if r["step"] <= step][-1]
+    else:  # phase 1
+        task = problems, candidates, reward, args
+        found, metrics = find_traces(model, tokenizer, *task)
+    hard = []
+    for record in found:
+        trace = dict(trace=record["ids"] or [], logprob=record["logprob"])
+        hard.append(candidates[record["problem"]]._replace(**trace))
+    prefixed = cut_prefixes(hard, stop_ids(model, tokenizer), args)  # phase 2
+    if args.prefixes_per_problem and not prefixed:
+        fail("all prefixes are empty: give a higher --prefix-low and --prefix-high")
+    if not args.resume:
+        metrics |= evaluate_all(model, tokenizer, tests, hard, reward, args)
+        metrics["flops_sft"] = 0
+        if args.sft_epochs:
+            metrics["flops_sft"] = imitate(model, hard, args)
+            after = evaluate_all(model, tokenizer, tests, hard, reward, args)
+            metrics |= {key.replace("eval/", "sft/"): x for key, x in after.items()}
+        total = sum(x for key, x in metrics.items() if key.startswith("flops_"))
+        metrics |= {"step": 0, "flops": total, "prefixed_problems": len(prefixed)}
+    return found, hard, prefixed, metrics
 
 
 def report(run_dir: Path, args: Args) -> None:
@@ -1789,25 +1811,8 @@ def train(args: Args) -> int:
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     run_dir, stops = Path(args.run_dir), []
-    if args.resume:
-        with blame(f"{run_dir} cannot be resumed"):
-            found = [json.loads(line) for line in (run_dir / "traces.jsonl").open()]
-            logs = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]  # whole
-            metrics = [r for r in map(json.loads, logs) if r["step"] <= step][-1]
-    else:  # phase 1
-        task = problems, candidates, reward, args
-        found, metrics = find_traces(model, tokenizer, *task)
-    hard = []
-    for record in found:
-        trace = dict(trace=record["ids"] or [], logprob=record["logprob"])
-        hard.append(candidates[record["problem"]]._replace(**trace))
-    prefixed = cut_prefixes(hard, stop_ids(model, tokenizer), args)  # phase 2
-    if args.prefixes_per_problem and not prefixed:
-        fail("all prefixes are empty: give a higher --prefix-low and --prefix-high")
-    if not args.resume:
-        metrics |= begin(model, tokenizer, tests, hard, reward, args)
-        spent = sum(x for key, x in metrics.items() if key.startswith("flops_"))
-        metrics |= {"step": 0, "flops": spent, "prefixed_problems": len(prefixed)}
+    task = problems, candidates, tests, reward, step, args
+    found, hard, prefixed, metrics = prepare(parts, *task)  # phases 1 and 2
     total, pass_1 = metrics["flops"], metrics.get("eval/hard_pass@1", math.nan)
     if 0 < args.max_flops <= total:
         fail(f"--max-flops {args.max_flops:.3g}: {total:.3g} spent by step {step}")
