@@ -935,18 +935,13 @@ def without_stop(trace: list[int], stops: list[int]) -> list[int]:
     return trace[:-1] if trace and trace[-1] in stops else trace
 
 
-def completion_ids(rollout: Rollout) -> list[list[int]]:
-    """The completions (B) as lists of ids, without their padding."""
-    width, lengths = rollout.completion_mask.shape[1], rollout.completion_mask.sum(-1)
-    pairs = zip(rollout.tokens[:, -width:].tolist(), lengths.int().tolist())
-    return [row[:length] for row, length in pairs]
-
-
 def answer_ids(rollout: Rollout, batch: list[Exercise]) -> list[list[int]]:
-    """The whole answers (B) as lists of ids: prefix, then completion."""
-    rows = completion_ids(rollout)
-    n = len(rows) // len(batch)
-    return [batch[i // n].prefix + row for i, row in enumerate(rows)]
+    """The answers (B), prefix and completion, as lists of ids without padding."""
+    n, width = len(rollout.tokens) // len(batch), rollout.completion_mask.shape[1]
+    lengths, answers = rollout.completion_mask.sum(-1).int().tolist(), []
+    for i, row in enumerate(rollout.tokens[:, -width:].tolist()):
+        answers.append(batch[i // n].prefix + row[: lengths[i]])
+    return answers
 
 
 def complete(model, tokenizer, batch: list[Exercise], noise, args: Args) -> Rollout:
@@ -990,7 +985,8 @@ def search_folder(models: tuple, tokenizer, candidates, reward, args: Args) -> P
         for name, weights in model.state_dict().items():
             raw = weights.flatten().cpu().view(torch.uint8)  # NumPy has no bf16
             digest.update(name.encode() + raw.numpy().tobytes())
-    parts = decode, generate, pad, completion_mask, stop_ids, uniforms, attempts, score
+    parts = decode, generate, pad, completion_mask, stop_ids, uniforms
+    parts += attempts, complete, answer_ids, score
     defined = [inspect.getsource(part) for part in parts]
     defined.append(Path(args.task).read_text() if plugin else inspect.getsource(reward))
     defined += [stop_ids(model, tokenizer) for model in models]
@@ -1018,7 +1014,7 @@ def attempts(
         rollout = complete(model, tokenizer, mine, noise, args)
         posed = [x.problem for x in mine for _ in range(samples)]
         right = score(reward, posed, rollout.texts) >= 1
-        rows, logprobs = completion_ids(rollout), rollout.logprobs.sum(-1).tolist()
+        rows, logprobs = answer_ids(rollout, mine), rollout.logprobs.sum(-1).tolist()
         for i, exercise in enumerate(mine):
             own = range(i * samples, (i + 1) * samples)
             hits = [row for row in own if right[row]]
@@ -1255,7 +1251,7 @@ def put_traces(model, tokenizer, rollout, batch: list[Exercise], args: Args) -> 
     the last completion. Returns the new rollout, weights (B,) for its advantages (pi(z)
     / mu(z) of whole traces, at most e^20; 1 elsewhere), and the net number of tokens
     read: z is scored once, and the completion it replaces counts as never drawn."""
-    rows, n, read = completion_ids(rollout), args.group_size, 0
+    rows, n, read = answer_ids(rollout, batch), args.group_size, 0
     weights = torch.ones(len(rows), device=args.device)
     given = {g * n + n - 1: x for g, x in enumerate(batch) if x.trace}
     if not given:
@@ -1453,21 +1449,19 @@ def evaluate_all(
     """Plain accuracy on held-out problems ("eval/...") and on the hard ones to train on
     ("eval/hard_..."); with traces also the share solved from 0, 20, ... 80 % of each
     trace ("eval/from_20%"). guard: as in `evaluate`."""
-
-    def ask(exercises: list[Exercise]) -> dict[str, float]:
-        few = exercises[: args.eval_prompts]
-        return evaluate(model, tokenizer, few, reward, args, guard)
-
-    metrics = ask(tests)
-    metrics |= {key.replace("/", "/hard_"): x for key, x in ask(hard).items()}
-    traced, stops = [x for x in hard if x.trace], stop_ids(model, tokenizer)
+    most, how = args.eval_prompts, (reward, args, guard)
+    metrics = evaluate(model, tokenizer, tests[:most], *how)
+    found = evaluate(model, tokenizer, hard[:most], *how)
+    metrics |= {key.replace("/", "/hard_"): x for key, x in found.items()}
+    traced, stops = [x for x in hard if x.trace][:most], stop_ids(model, tokenizer)
     for percent in SHARES if len(traced) >= WORLD_SIZE else ():
         exercises = []
         for x in traced:
             ids = without_stop(x.trace, stops)
             cut = ids[: len(ids) * percent // 100]
             exercises.append(x._replace(prefix=cut))
-        metrics[f"eval/from_{percent}%"] = ask(exercises)["eval/pass@1"]
+        found = evaluate(model, tokenizer, exercises, *how)
+        metrics[f"eval/from_{percent}%"] = found["eval/pass@1"]
     return metrics
 
 
