@@ -298,6 +298,10 @@ def test_evaluation_counts_the_stop_token_as_part_of_the_trace(script, monkeypat
     script.evaluate_all(model, tokenizer, *around)
     assert seen[:2] == [[[]], [[]] * 3]
     assert seen[2:] == [[ids[:h]] * 3 for h in (0, 1, 3, 5, 7)]
+    seen.clear()
+    around[-1].eval_prompts = 2  # of each kind
+    script.evaluate_all(model, tokenizer, *around)
+    assert [len(prefixes) for prefixes in seen] == [1] + [2] * 6
 
 
 def test_trace_ends_inside_its_prefix(script):
@@ -901,7 +905,9 @@ def test_importance_weight_of_a_trace(script, model):
         exercise(script, traces.get(i, []), prompt, logprob=mu)
         for i, (prompt, mu) in enumerate(zip(prompts, (-30.0, None, -9.0)))
     ]
+    rollout.truncated[:] = True
     new, weights, more = script.put_traces(network, tokenizer, rollout, batch, args)
+    assert new.truncated.tolist() == [i not in (2, 8) for i in range(9)]  # z is whole
     rows = [
         row[seen.bool()].tolist() for row, seen in zip(new.tokens, new.attention_mask)
     ]
@@ -958,8 +964,8 @@ def test_baseline_uses_what_it_must_not(cli, script, tmp_path, monkeypatch, arm)
     given = ["--off-policy"] if arm == "off-policy" else []
     assert cli(*given, **flags, steps=3).code == 0
     first, found = metrics_of(tmp_path / "run")[0], records(tmp_path / "run")
-    ids = [r["ids"] for r in found if r["ids"]]
-    assert all(x.problem.prompt in {r["prompt"] for r in found} for x in batches[0])
+    ids = {r["prompt"]: r["ids"] for r in found if r["ids"]}
+    mu = {r["prompt"]: r["logprob"] for r in found}
     prefixed = [bool(x.prefix) for batch in batches for x in batch]
     assert len(batches) == 3 and len(prefixed) == 12
     assert any(prefixed) == (arm == "prefixed only") and all(prefixed) == any(prefixed)
@@ -980,13 +986,14 @@ def test_baseline_uses_what_it_must_not(cli, script, tmp_path, monkeypatch, arm)
             for g, x in enumerate(batch):
                 row = rollout.tokens[4 * g + 3, -rollout.completion_mask.shape[1] :]
                 z = row[rollout.completion_mask[4 * g + 3].bool()].tolist()
-                assert (x.trace in ids and z == x.trace) or not x.trace
+                prompt = x.problem.prompt
+                assert prompt in mu and (prompt not in ids or z == ids[prompt])
         for advantages, rollout in seen:
             weights = torch.ones(16)
             for g, x in enumerate(batches[len(ratios)]):
-                if x.trace:
+                if (prompt := x.problem.prompt) in ids:
                     now = rollout.logprobs[4 * g + 3].sum()
-                    weights[4 * g + 3] = (now - x.logprob).exp()
+                    weights[4 * g + 3] = (now - mu[prompt]).exp()
             A = script.group_advantages(rollout.rewards, 4, "none")
             torch.testing.assert_close(advantages, A * weights, rtol=1e-4, atol=1e-6)
             ratios.append((weights - 1).abs().max())
