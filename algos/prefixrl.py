@@ -25,7 +25,7 @@ problems without one (back-generalisation); eval/pass@k counts only those.
 
 Compute is counted as in the paper: 2 N FLOPs per token that N parameters read, 6 N per
 token trained on. Prompts, prefixes and the search for hard problems and traces count,
-evaluation does not. --max-flops ends runs at equal cost. Other ways to use the traces:
+evaluation does not. --max-flops ends runs at equal cost. Baselines and variants:
 
     --prefixes-per-problem 0                   plain RL on the hard problems
     --prefixes-per-problem 0 --sft-epochs 10   imitate the traces, then plain RL
@@ -33,13 +33,13 @@ evaluation does not. --max-flops ends runs at equal cost. Other ways to use the 
                                                group, A weighted by pi(z) / mu(z)
     --plain-share 0                            prefixed problems only
 
-Differences. mu(z) is the probability with which z was sampled; that z was kept because
-it is right is left out of the weight, which is only capped at e^20. The paper states no
-clip and no KL: grpo.py's (e_low, e_high, beta) are here, and with one update per batch
-the clip never acts. The paper, as far as is known, uses a learning rate of 1e-6, 128
-prompts per step, 512 samples of each hard problem and up to 2,500 tries for a trace.
-The second command below is a small version of that, with at most 7 million tokens to
-find the hard problems.
+Differences. mu(z) is the probability with which z was sampled; the weight does not
+correct for having kept z because it is right, and is capped at e^20. The paper states
+no clip and no KL: grpo.py's (e_low, e_high, beta) are here, and with one update per
+batch the clip never acts. The paper, as far as is known, uses a learning rate of 1e-6,
+128 prompts per step, 512 samples of each hard problem and up to 2,500 tries for a
+trace. The second command below is a small version of that, with at most 7 million
+tokens to find the hard problems.
 
     python algos/prefixrl.py
     python algos/prefixrl.py --model Qwen/Qwen3-0.6B-Base --data train.jsonl \
@@ -48,9 +48,9 @@ find the hard problems.
 
 The first, with nothing to download, learns chains of nine moves, all of one skill, from
 a model that gets a move right one time in four and a whole chain never. Its traces come
-from a better model (--trace-model careful): sampling them is counted, training either
-model is not. What is learned behind a prefix helps before it only if the steps have a
-skill in common, as here.
+from a better model (--trace-model careful); their FLOPs are counted, those of making
+the two models are not. What is learned behind a prefix helps before it only if the
+steps have a skill in common, as here.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ from tqdm import tqdm
 # names whose code may differ from their namesakes in other scripts
 OWN = ("CURVE", "TASKS", "check", "evaluate")
 CURVE = "eval/(hard_)?pass@.*"  # metrics that curve.png shows
+SHARES = range(0, 100, 20)  # percent of a trace from which an evaluation starts
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 # cuDNN's attention has gradients of NaN at some lengths (pytorch issue 196678)
@@ -106,7 +107,7 @@ class Args:
     run_dir: str = ""  # folder of the run (default: runs/prefixrl/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue; its saved flags apply
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # for matrix products
     model: str = "tiny"  # tiny (built in), a local folder or a hub name
     tiny_steps: int = 900  # warm-start steps of tiny, on 64 worked answers each
     task: str = "chain"  # chain-9 (moves), -8, ... or a task.py
@@ -134,7 +135,7 @@ class Args:
     warmup_steps: int = 10  # steps over which the learning rate rises
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     micro_batch_size: int = 64  # completions in one forward and backward pass
-    rollout_batch_size: int = 512  # completions decoded side by side
+    rollout_batch_size: int = 512  # completions sampled in one batch
     lora_rank: int = 0  # train adapters of this rank (needs peft); 0: all weights
     gradient_checkpointing: bool = False  # recompute activations to save memory
     updates_per_batch: int = 1  # optimiser steps on each batch
@@ -224,8 +225,11 @@ def chain_reward(problem: Problem, completion: str) -> float:
     """1.0 if the completion is exactly the digits after each move, else 0.0: a right
     last digit alone earns nothing."""
     start, moves = problem.answer
-    sums = itertools.accumulate([start, *(MOVES[move] for move in moves)])
-    return float(completion == "".join(str(x % 10) for x in sums)[1:])
+    digit, right = start, ""
+    for move in moves:
+        digit = (digit + MOVES[move]) % 10
+        right += str(digit)
+    return float(completion == right)
 
 
 TASKS = {"chain": (chain_problems, chain_reward, 9)}  # 9: default size
@@ -435,9 +439,9 @@ def built_in(name: str, problems: list[Problem], args: Args) -> str:
     if name not in SLIPS:
         return name
     start = problems[args.candidates :]
-    if not args.data and (found := re.fullmatch("chain-?([2-9]?)", args.task)):
+    if not args.data and not args.task.endswith(".py"):
         used = {problem.prompt for problem in problems[: args.candidates]}
-        size = int(found[1] or TASKS["chain"][2])
+        size = int(args.task.partition("-")[2] or TASKS["chain"][2])
         others = chain_problems("train", args.seed + 1, size, SLIPS[name])
         start = [p for p in itertools.islice(others, 20_000) if p.prompt not in used]
     return tiny_model(start, args.seed, args.tiny_steps, 64)
@@ -948,33 +952,39 @@ def token_logprobs(
 # ------------------------------------- Traces -----------------------------------------
 
 
-class Trace(NamedTuple):
-    """One right answer: its token ids, as they were sampled or given, and the
-    log-prob that its sampler gave it (None: not known)."""
+class Exercise(NamedTuple):
+    """A problem, a right answer to it, and the start of that which is given. All ids
+    are as they were sampled or read, never tokenised anew; [] where there are none."""
 
-    ids: list[int]
-    logprob: float | None = None
+    prompt: list[int]  # x
+    problem: Problem
+    trace: list[int] = []  # z
+    logprob: float | None = None  # log mu(z), if it is known
+    prefix: list[int] = []  # z_<h
 
 
-def bare_ids(trace: Trace, stops: list[int]) -> list[int]:
+def without_stop(trace: list[int], stops: list[int]) -> list[int]:
     """The ids without a final stop token, which is never part of a prefix."""
-    return trace.ids[:-1] if trace.ids[-1] in stops else trace.ids
+    return trace[:-1] if trace and trace[-1] in stops else trace
 
 
-def load_sampler(name: str, model, tokenizer, args: Args):
-    """The model that writes traces, from a folder or a hub name; "base": the model that
-    is trained. It must read and end its answers by the same ids."""
-    if name == "base":
-        return model
-    sampler, other = load_model(name, dataclasses.replace(args, lora_rank=0))
-    if other.get_vocab() != tokenizer.get_vocab():
-        fail(f"--trace-model {name} has another vocabulary: give --traces instead")
-    stops = stop_ids(model, tokenizer), stop_ids(sampler, other)
-    if stops[0] != stops[1]:
-        ids = "{} for the model, {} there".format(*stops)
-        how = f"ends its answers by other tokens ({ids})"
-        fail(f"--trace-model {name} {how}: give --traces instead")
-    return sampler
+def answer_ids(rollout: Rollout, batch: list[Exercise]) -> list[list[int]]:
+    """The answers (B), prefix and completion, as lists of ids without padding."""
+    n, width = len(rollout.tokens) // len(batch), rollout.completion_mask.shape[1]
+    lengths, answers = rollout.completion_mask.sum(-1).int().tolist(), []
+    for i, row in enumerate(rollout.tokens[:, -width:].tolist()):
+        answers.append(batch[i // n].prefix + row[: lengths[i]])
+    return answers
+
+
+def complete(model, tokenizer, batch: list[Exercise], noise, args: Args) -> Rollout:
+    """Completions behind prompt and prefix of each exercise. Their texts are those of
+    whole answers, prefix and completion decoded as one."""
+    contexts = [x.prompt + x.prefix for x in batch]
+    rollout = generate(model, tokenizer, contexts, noise, args)
+    ids = answer_ids(rollout, batch)
+    rollout.texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return rollout
 
 
 def needs_traces(args: Args) -> bool:
@@ -982,115 +992,125 @@ def needs_traces(args: Args) -> bool:
     return bool(args.prefixes_per_problem or args.sft_epochs or args.off_policy)
 
 
-def cached(path: Path, make: Callable, args: Args) -> object:
-    """The result of make(), read from `path` if any run has stored it there."""
-    found = torch.tensor(float(path.exists()), device=args.device)
-    if all_reduce(found, "MIN") > 0:
-        return json.loads(path.read_text())
-    result, new = make(), path.with_suffix(f".{os.getpid()}")
-    if RANK == 0:
-        with blame(f"cannot write {path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new.write_text(json.dumps(result))
-            new.replace(path)
-    return result
+def load_sampler(model, tokenizer, problems: list[Problem], args: Args):
+    """The model that samples the traces, None if none are to be sampled. It must have
+    the vocabulary of the one that is trained, and end its answers by the same ids."""
+    if args.traces or not needs_traces(args):
+        return None
+    name = args.trace_model or ("careful" if args.model == "tiny" else "base")
+    if name == "base":
+        return model
+    name = built_in(name, problems, args)
+    sampler, other = load_model(name, dataclasses.replace(args, lora_rank=0))
+    if other.get_vocab() != tokenizer.get_vocab():
+        fail(f"--trace-model {name} has another vocabulary: give --traces instead")
+    stops, own = stop_ids(sampler, other), stop_ids(model, tokenizer)
+    if stops != own:
+        fail(f"--trace-model {name} stops at {stops}, not {own}: give --traces instead")
+    return sampler
 
 
-def search_folder(models: tuple, tokenizer, posed: tuple, args: Args) -> Path:
-    """Folder for what phase 1 finds, named by a hash of all that decides it (for a
-    plug-in: its own file, not its imports). posed: (prompts, problems, reward)."""
-    prompts, problems, reward = posed
+def search_folder(models: tuple, tokenizer, candidates, reward, args: Args) -> Path:
+    """Folder for what phase 1 finds, named by a hash of all that decides it (of a
+    plug-in: its own file, not its imports)."""
     digest, plugin = hashlib.sha256(), args.task.endswith(".py") and not args.data
-    for name, weights in [x for model in models for x in model.state_dict().items()]:
-        raw = weights.flatten().cpu().view(torch.uint8)  # NumPy has no bf16
-        digest.update(name.encode() + raw.numpy().tobytes())
-    parts = [decode, generate, pad, completion_mask, stop_ids, uniforms, attempts]
-    parts.append(score)
-    parts += [] if plugin else [reward]
+    for model in models:
+        for name, weights in model.state_dict().items():
+            raw = weights.flatten().cpu().view(torch.uint8)  # NumPy has no bf16
+            digest.update(name.encode() + raw.numpy().tobytes())
+    parts = decode, generate, pad, completion_mask, stop_ids, uniforms
+    parts += attempts, complete, answer_ids, score
+    defined = [inspect.getsource(part) for part in parts]
+    defined.append(Path(args.task).read_text() if plugin else inspect.getsource(reward))
+    defined += [stop_ids(model, tokenizer) for model in models]
     names = "seed hard_k temperature max_new_tokens rollout_batch_size dtype device"
-    defined = [[inspect.getsource(part) for part in parts], problems, prompts]
-    defined += [
-        [stop_ids(model, tokenizer) for model in models],
-        Path(args.task).read_text() if plugin else args.task,
-    ]
-    defined += [[getattr(args, name) for name in names.split()]]
+    defined += [getattr(args, name) for name in names.split()]
     defined += [torch.__version__, transformers.__version__, torch.get_num_threads()]
     with blame("the answers name the cache of what is tried, so they must be JSON"):
-        digest.update(json.dumps(defined).encode())
+        digest.update(json.dumps([defined, candidates]).encode())
     return Path("runs/cache", f"search-{digest.hexdigest()[:16]}")
 
 
-def completion_ids(rollout: Rollout) -> list[list[int]]:
-    """The completions (B) as lists of ids, without their padding."""
-    width, lengths = rollout.completion_mask.shape[1], rollout.completion_mask.sum(-1)
-    pairs = zip(rollout.tokens[:, -width:].tolist(), lengths.int().tolist())
-    return [row[:length] for row, length in pairs]
-
-
-def attempts(model, tokenizer, prompts, problems, reward, samples, number, args):
-    """Draw `samples` completions of each problem with the noise of chunk `number`. For
-    each problem: how many were right, the first right one (its ids and log-prob) or
-    None, and the tokens read."""
-    mine = slice(RANK, None, WORLD_SIZE)
-    noise = uniforms(args, 10**9 + number, len(prompts), samples)  # no step's noise
-    found = []
-    if prompts[mine]:
-        rollout = generate(model, tokenizer, prompts[mine], noise, args)
-        posed = [problem for problem in problems[mine] for _ in range(samples)]
-        right = score(reward, posed, rollout.texts).view(-1, samples) >= 1
-        rows, total = completion_ids(rollout), rollout.logprobs.sum(-1)
-        for i, (prompt, hits) in enumerate(zip(prompts[mine], right)):
-            own = slice(i * samples, (i + 1) * samples)
-            row = own.start + int(hits.long().argmax())
-            first = [rows[row], total[row].item()] if hits.any() else None
-            read = len(prompt) + sum(map(len, rows[own]))
-            found.append([int(hits.sum()), first, read])
+def attempts(
+    model, tokenizer, exercises, reward, samples, number, folder, args
+) -> list[list]:
+    """Draw `samples` completions of each exercise, with noise by `number`. For each
+    exercise: how many were right, the first right one (its ids and log-prob) or None,
+    and the tokens read. Read from `folder` if any run has stored it there."""
+    path = folder / f"{number}-{samples}.json"
+    stored = torch.tensor(float(path.exists()), device=args.device)
+    if all_reduce(stored, "MIN") > 0:
+        return json.loads(path.read_text())
+    mine, found = exercises[RANK::WORLD_SIZE], []
+    noise = uniforms(args, 10**9 + number, len(exercises), samples)  # no step's noise
+    if mine:
+        rollout = complete(model, tokenizer, mine, noise, args)
+        posed = [x.problem for x in mine for _ in range(samples)]
+        right = score(reward, posed, rollout.texts) >= 1
+        rows, logprobs = answer_ids(rollout, mine), rollout.logprobs.sum(-1).tolist()
+        for i, exercise in enumerate(mine):
+            own = range(i * samples, (i + 1) * samples)
+            hits = [row for row in own if right[row]]
+            first = [rows[hits[0]], logprobs[hits[0]]] if hits else None
+            read = len(exercise.prompt) + sum(len(rows[row]) for row in own)
+            found.append([len(hits), first, read])
     if WORLD_SIZE > 1:
-        parts = [None] * WORLD_SIZE
+        parts, places = [None] * WORLD_SIZE, range(len(exercises))
         dist.all_gather_object(parts, found)
-        found = [parts[i % WORLD_SIZE][i // WORLD_SIZE] for i in range(len(prompts))]
+        found = [parts[i % WORLD_SIZE][i // WORLD_SIZE] for i in places]
+    if RANK == 0:
+        with blame(f"cannot write {path}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            new = path.with_suffix(f".{os.getpid()}")
+            new.write_text(json.dumps(found))
+            new.replace(path)
     return found
 
 
-def find_traces(model, sampler, tokenizer, posed, given, args) -> tuple:
-    """Phase 1: a record of each hard problem, as traces.jsonl of the run has it, and
-    what was spent. posed: (prompts, problems, reward). `given` holds
-    the traces, or is None: then the sampler makes them if they are needed. What was
-    tried is kept chunk by chunk, so that a killed search continues where it was."""
-    prompts, problems, reward = posed
-    folder = search_folder((model, sampler), tokenizer, posed, args)
-    number = itertools.count()
-    spent = {"flops_hard_search": 0, "flops_traces": 0}
+def find_traces(
+    model, tokenizer, problems, candidates: list[Exercise], reward, args
+) -> tuple[list[dict], dict]:
+    """Phase 1: a record of each hard problem, as in traces.jsonl, and what was spent.
+    problems: all to train on, of which the candidates are the first. What was tried is
+    kept chunk by chunk, so that a killed search continues where it was."""
+    traces = {}  # place among the candidates: (ids, log-prob)
+    if args.traces:
+        longest = context_length(model) - args.max_new_tokens
+        traces = read_traces(tokenizer, candidates, reward, longest, args)
+    sampler = load_sampler(model, tokenizer, problems, args)
+    models, numbers = (model, sampler or model), itertools.count()
+    folder = search_folder(models, tokenizer, candidates, reward, args)
 
-    def try_all(network, which: list[int], samples: int, phase: str) -> Iterator[tuple]:
+    def try_all(network, exercises: list[Exercise], samples: int) -> tuple[list, int]:
+        """What was found by `attempts`, chunk by chunk, and the FLOPs."""
         size = max(8, args.rollout_batch_size // samples)  # 8: work for some ranks
-        chunks = [which[i : i + size] for i in range(0, len(which), size)]
-        for chunk in tqdm(chunks, "search", leave=False, disable=RANK > 0):
-            n, mine = next(number), ([x[i] for i in chunk] for x in (prompts, problems))
-            call = network, tokenizer, *mine, reward, samples, n, args
-            make = lambda: attempts(*call)
-            tried = cached(folder / f"{n}-{samples}.json", make, args)
-            spent[phase] += flops(network, sum(read for _, _, read in tried))
-            yield from ((i, hits, first) for i, (hits, first, _) in zip(chunk, tried))
+        tried, starts = [], range(0, len(exercises), size)
+        for start in tqdm(starts, "search", leave=False, disable=RANK > 0):
+            chunk = exercises[start : start + size]
+            how = reward, samples, next(numbers), folder, args
+            tried += attempts(network, tokenizer, chunk, *how)
+        return tried, flops(network, sum(read for *_, read in tried))
 
-    tried = try_all(model, [*range(len(problems))], args.hard_k, "flops_hard_search")
-    hard, traces, done = [i for i, hits, _ in tried if hits == 0], given or {}, 0
-    cap = args.trace_cap if needs_traces(args) and given is None else 0
-    while done < cap and (left := [i for i in hard if i not in traces]):
-        samples = min(max(8, done), cap - done)  # 8, 8, 16, 32 ...
-        for i, _, first in try_all(sampler, left, samples, "flops_traces"):
-            traces |= {i: Trace(*first)} if first else {}
+    tried, cost = try_all(model, candidates, args.hard_k)
+    spent = {"flops_hard_search": cost, "flops_traces": 0}
+    hard = [i for i, (hits, *_) in enumerate(tried) if hits == 0]
+    if len(hard) < WORLD_SIZE:
+        fail(f"{len(hard)} of {len(tried)} candidates are hard: raise --candidates")
+    done, most = 0, args.trace_cap if sampler else 0
+    while done < most and (left := [i for i in hard if i not in traces]):
+        samples = min(max(8, done), most - done)  # 8, 8, 16, 32 ...
+        tried, cost = try_all(sampler, [candidates[i] for i in left], samples)
+        traces |= {i: first for i, (_, first, _) in zip(left, tried) if first}
+        spent["flops_traces"] += cost
         done += samples
     records = []
     for i in hard:
         ids, logprob = traces.get(i, (None, None))
         text = tokenizer.decode(ids, skip_special_tokens=True) if ids else None
         # step 0: open_run keeps what is not later than the step it resumes at
-        record = {"step": 0, "problem": i, "prompt": problems[i].prompt, "text": text}
-        records.append(record | {"ids": ids, "logprob": logprob})
-    none = len(hard) - len(traces.keys() & hard)
-    if len(hard) < WORLD_SIZE:
-        fail(f"{len(hard)} of {len(problems)} candidates are hard: raise --candidates")
+        record = {"step": 0, "problem": i, "prompt": candidates[i].problem.prompt}
+        records.append(record | {"text": text, "ids": ids, "logprob": logprob})
+    none = sum(record["ids"] is None for record in records)
     if none == len(hard) and needs_traces(args):
         fail(
             f"no trace of {none} hard problems: start again with a higher --trace-cap "
@@ -1099,15 +1119,15 @@ def find_traces(model, sampler, tokenizer, posed, given, args) -> tuple:
     return records, spent | {"hard_problems": len(hard), "without_trace": none}
 
 
-def read_traces(
-    file: str, tokenizer, prompts, problems, reward, longest: int, args: Args
-) -> dict[int, Trace]:
-    """Traces {index: Trace} of a JSONL file, each verified: "ids" are used as they are,
-    a "text" is tokenised once. A bad line is reported, and skipped or, with
-    --strict-traces, the end; a reward that fails is always the end."""
-    traces, places = {}, {str(p.prompt): i for i, p in enumerate(problems)}
-    with blame(f"cannot read {file}"):
-        lines = list(Path(file).open(encoding="utf-8"))
+def read_traces(tokenizer, candidates, reward, longest: int, args: Args) -> dict:
+    """The traces of --traces, {place among the candidates: (ids, log-prob)}, each
+    verified: "ids" are used as they are, a "text" is tokenised once. A bad line is
+    reported, and skipped or, with --strict-traces, the end; a reward that fails is
+    always the end."""
+    traces = {}
+    places = {str(x.problem.prompt): i for i, x in enumerate(candidates)}
+    with blame(f"cannot read {args.traces}"):
+        lines = list(Path(args.traces).open(encoding="utf-8"))
     for number, line in enumerate(lines, 1):
         try:
             item = json.loads(line)
@@ -1124,18 +1144,18 @@ def read_traces(
             known = range(len(tokenizer))
             if not ids or not all(type(x) is int and x in known for x in ids):
                 raise ValueError("its ids are no ids of this tokenizer")
-            if len(prompts[i]) + len(ids) > longest:
+            if len(candidates[i].prompt) + len(ids) > longest:
                 raise ValueError("it does not fit into the context")
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            if score(reward, [problems[i]], [text]) < 1:
+            if score(reward, [candidates[i].problem], [text]) < 1:
                 raise ValueError("its answer is wrong")
             logprob = item.get("logprob")
             usable = type(logprob) in (int, float) and -math.inf < logprob <= 0
             if args.off_policy and not usable:  # nan is not either
                 raise ValueError("--off-policy needs its logprob, a number up to 0")
-            traces[i] = Trace(ids, logprob)
+            traces[i] = ids, logprob
         except Exception as e:
-            message = f"{file}, line {number}: {type(e).__name__}: {e}"
+            message = f"{args.traces}, line {number}: {type(e).__name__}: {e}"
             if args.strict_traces:
                 fail(message)
             if RANK == 0:
@@ -1149,27 +1169,29 @@ def read_traces(
 def cut_prefix(trace: list[int], low: float, high: float, rng) -> list[int]:
     """The first h ids of a trace of n ids (section 3), h uniform over the whole numbers
     in [low n, high n], or the next one above low n if there is none. At least one id is
-    left to answer: h = n becomes n - 1, and a single id gets the prefix []. rng:
-    random.Random.
-    ValueError: not 0 <= low <= high <= 1."""
+    left to answer: h = n becomes n - 1. rng: random.Random. ValueError: not
+    0 <= low <= high <= 1."""
     if not 0 <= low <= high <= 1:
         raise ValueError(f"0 <= {low} <= {high} <= 1 does not hold")
     n = len(trace)
-    least, most = math.ceil(round(low * n, 9)), math.floor(round(high * n, 9))
-    return trace[: min(rng.randint(least, max(least, most)), max(n - 1, 0))]
+    low, high = round(low * n, 9), round(high * n, 9)  # 0.56 * 25 is above 14
+    least, most = math.ceil(low), math.floor(high)
+    h = rng.randint(least, max(least, most))
+    return trace[: min(h, max(n - 1, 0))]
 
 
-def cut_prefixes(traces: dict[int, Trace], stops: list[int], args: Args) -> list[tuple]:
-    """Phase 2: the prefixed problems (index, prefix), args.prefixes_per_problem of each
-    trace, a function of the seed. A trace too short for a prefix yields none: its
-    problem stays plain."""
-    pairs = []
-    for i, trace in traces.items():
+def cut_prefixes(hard: list[Exercise], stops: list[int], args: Args) -> list[Exercise]:
+    """Phase 2: the prefixed problems, --prefixes-per-problem of each trace, a function
+    of the seed. A problem without a trace, or with one too short to cut, has none."""
+    prefixed = []
+    for i, exercise in enumerate(hard):
         rng = random.Random(f"{args.seed} prefix {i}")
-        ids = bare_ids(trace, stops)
+        ids = without_stop(exercise.trace, stops)
         for _ in range(args.prefixes_per_problem):
-            pairs.append((i, cut_prefix(ids, args.prefix_low, args.prefix_high, rng)))
-    return [(i, prefix) for i, prefix in pairs if prefix]
+            prefix = cut_prefix(ids, args.prefix_low, args.prefix_high, rng)
+            if prefix:
+                prefixed.append(exercise._replace(prefix=prefix))
+    return prefixed
 
 
 def draw(pool: list, step: int, count: int, *key: int) -> list:
@@ -1183,22 +1205,14 @@ def draw(pool: list, step: int, count: int, *key: int) -> list:
     return drawn
 
 
-def draw_batch(prefixed: list, plain: list, step: int, args: Args) -> list[tuple]:
-    """The (index, prefix) of a step, this rank's share: --plain-share of them plain,
-    the rest prefixed; all plain if there is no prefix."""
+def draw_batch(prefixed: list, plain: list, step: int, args: Args) -> list[Exercise]:
+    """This rank's share of a step's batch: --plain-share of it plain, the rest
+    prefixed; all plain if there is no prefix."""
     n = args.prompts_per_step
     few = round(args.plain_share * n) if prefixed else n
-    batch = draw(prefixed, step, n - few, args.seed, 1) if few < n else []
-    batch += draw(plain, step, few, args.seed, 2) if few else []
+    batch = draw(prefixed, step, n - few, args.seed, 1)
+    batch += draw(plain, step, few, args.seed, 2)
     return batch[RANK::WORLD_SIZE]
-
-
-def answers(tokenizer, rollout: Rollout, prefixes: list, n: int) -> list[str]:
-    """Texts (B,) of whole answers, prefix and completion decoded as one; n completions
-    of each prefix."""
-    rows = rollout.tokens[:, -rollout.completion_mask.shape[1] :].tolist()
-    ids = [prefixes[i // n] + row for i, row in enumerate(rows)]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
 def flops(model, read: int, trained: int = 0) -> int:
@@ -1228,30 +1242,29 @@ def trained_tokens(rollout: Rollout, advantages, args: Args) -> int:
     return int(prompts + lengths[live].sum()) * args.updates_per_batch
 
 
-def trace_rollout(prompts: list[list[int]], traces: list[list[int]], args) -> Rollout:
-    """A rollout of traces, one per prompt, as if they had been sampled. Its texts are
-    empty, its log-probs and rewards 0."""
-    sides = (prompts, "left"), (traces, "right")
-    tokens = [pad(rows, 0, side) for rows, side in sides]
-    seen = [pad([[1] * len(row) for row in rows], 0, side) for rows, side in sides]
-    mask, none = (
-        x.to(args.device) for x in (seen[1].float(), torch.zeros(len(traces)))
-    )
-    tokens, seen = (torch.cat(parts, -1).to(args.device) for parts in (tokens, seen))
-    return Rollout(tokens, seen, mask, 0 * mask, none, none.bool(), [""] * len(traces))
+def rollout_of(batch: list[Exercise], rows: list[list[int]], args: Args) -> Rollout:
+    """The given completions (B), as many for each prompt, as if they had been sampled:
+    none is cut off. Texts are empty, log-probs and rewards 0."""
+    n, width = len(rows) // len(batch), max(map(len, rows))
+    prompts = [x.prompt for x in batch for _ in range(n)]
+    tokens = torch.cat([pad(prompts, -1, "left"), pad(rows, -1, "right")], -1)
+    tokens = tokens.to(args.device)
+    seen, none = (tokens >= 0).long(), torch.zeros(len(rows), device=args.device)
+    mask, texts = seen[:, -width:].float(), [""] * len(rows)
+    tokens = tokens.clamp(min=0)
+    return Rollout(tokens, seen, mask, 0 * mask, none, none.bool(), texts)
 
 
-def imitate(model, prompts, traces: dict[int, Trace], args: Args) -> int:
+def imitate(model, hard: list[Exercise], args: Args) -> int:
     """--sft-epochs over the traces, in place: `update` with the advantage 1 is maximum
     likelihood. Returns the FLOPs."""
     how = dict(lr=args.learning_rate, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **how)
-    pool, n, tokens = [*traces], args.prompts_per_step, 0
+    pool, n, tokens = [x for x in hard if x.trace], args.prompts_per_step, 0
     args = dataclasses.replace(args, kl_coef=0.0, updates_per_batch=1, group_size=1)
     for step in range(1, math.ceil(args.sft_epochs * len(pool) / n) + 1):
         batch = draw(pool, step, n, args.seed, 3)[RANK::WORLD_SIZE]
-        ids = [traces[i].ids for i in batch]
-        rollout = trace_rollout([prompts[i] for i in batch], ids, args)
+        rollout = rollout_of(batch, [x.trace for x in batch], args)
         rollout.rewards += 1
         update(model, None, optimizer, rollout, rollout.rewards, args)
         tokens += trained_tokens(rollout, rollout.rewards, args)
@@ -1259,50 +1272,58 @@ def imitate(model, prompts, traces: dict[int, Trace], args: Args) -> int:
     return flops(model, 0, tokens)
 
 
-def unmask_prefixes(rollout: Rollout, batch, prompts, args: Args) -> Rollout:
+def unmask_prefixes(rollout: Rollout, batch: list[Exercise], args: Args) -> Rollout:
     """--no-mask-prefix: prefixes count as sampled, with the advantage of what follows.
     delta_logp is then meaningless: the rollout has no log-probs."""
-    n, rows = args.group_size, completion_ids(rollout)
-    rows = [batch[i // n][1] + row for i, row in enumerate(rows)]
-    new = trace_rollout([prompts[i] for i, _ in batch for _ in range(n)], rows, args)
+    new = rollout_of(batch, answer_ids(rollout, batch), args)
     return dataclasses.replace(new, texts=rollout.texts, truncated=rollout.truncated)
 
 
-def put_traces(model, tokenizer, rollout, batch, prompts, traces, args) -> tuple:
+def put_traces(model, tokenizer, rollout, batch: list[Exercise], args: Args) -> tuple:
     """--off-policy: in each group whose problem has a trace z, it takes the place of
     the last completion. Returns the new rollout, weights (B,) for its advantages (pi(z)
     / mu(z) of whole traces, at most e^20; 1 elsewhere), and the net number of tokens
     read: z is scored once, and the completion it replaces counts as never drawn."""
-    n, width = args.group_size, rollout.completion_mask.shape[1]
-    rows = completion_ids(rollout)
-    lengths = [len(row) for row in rows]
-    given = {g * n + n - 1: traces[i] for g, (i, _) in enumerate(batch) if i in traces}
-    weights, places = torch.ones(len(rows), device=args.device), [*given]
-    if not places:
+    rows, n, read = answer_ids(rollout, batch), args.group_size, 0
+    weights = torch.ones(len(rows), device=args.device)
+    given = {g * n + n - 1: x for g, x in enumerate(batch) if x.trace}
+    if not given:
         return rollout, weights, 0
-    texts, truncated = list(rollout.texts), rollout.truncated.clone()
-    for row, trace in given.items():
-        rows[row], truncated[row] = trace.ids, False
-        texts[row] = tokenizer.decode(trace.ids, skip_special_tokens=True)
-    new = trace_rollout([prompts[i] for i, _ in batch for _ in range(n)], rows, args)
-    new = dataclasses.replace(new, texts=texts, truncated=truncated)
-    most = new.completion_mask.shape[1]
-    kept = F.pad(rollout.logprobs, (0, max(0, most - width)))
-    new.logprobs = kept[:, :most] * new.completion_mask
-    for rows in torch.tensor(places, device=args.device).split(args.micro_batch_size):
+    for row, x in given.items():
+        read += len(x.prompt) + len(x.trace) - len(rows[row])
+        rows[row] = x.trace
+    places = torch.tensor([*given], device=args.device)
+    new = rollout_of(batch, rows, args)
+    new.texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    new.truncated = rollout.truncated.index_fill(0, places, False)
+    old_width, width = rollout.completion_mask.shape[1], new.completion_mask.shape[1]
+    new.logprobs = F.pad(rollout.logprobs, (0, width - old_width)) * new.completion_mask
+    for part in places.split(args.micro_batch_size):
         with torch.no_grad(), autocast(args):
-            scored = new.tokens[rows], new.attention_mask[rows], most
-            new.logprobs[rows] = token_logprobs(model, *scored, args.temperature)[0]
-    sampled = torch.tensor([z.logprob for z in given.values()], device=args.device)
-    weights[places] = (new.logprobs[places].sum(-1) - sampled).clamp(max=20).exp()
-    tokens = int(new.attention_mask[places].sum()) - sum(lengths[row] for row in places)
-    return new, weights, tokens
+            scored = new.tokens[part], new.attention_mask[part], width
+            new.logprobs[part] = token_logprobs(model, *scored, args.temperature)[0]
+    mu = torch.tensor([x.logprob for x in given.values()], device=args.device)
+    weights[places] = (new.logprobs[places].sum(-1) - mu).clamp(max=20).exp()
+    return new, weights, read
 
 
-def by_kind(rewards, prefixes: list, args: Args) -> dict[str, float]:
+def sample_batch(model, tokenizer, batch: list[Exercise], noise, args) -> tuple:
+    """The rollout of a step, weights for its advantages, and the tokens that were read
+    to make it, with --off-policy and --no-mask-prefix carried out."""
+    rollout, weights = complete(model, tokenizer, batch, noise, args), 1.0
+    read = read_tokens(rollout, args.group_size)
+    if args.off_policy:
+        rollout, weights, more = put_traces(model, tokenizer, rollout, batch, args)
+        read += more
+    if not args.mask_prefix:
+        rollout = unmask_prefixes(rollout, batch, args)
+    return rollout, weights, read
+
+
+def by_kind(rewards, batch: list[Exercise], args: Args) -> dict[str, float]:
     """Mean reward and share of groups with a gradient, of prefixed and plain groups."""
     groups = rewards.view(-1, args.group_size)
-    behind = torch.tensor([bool(prefix) for prefix in prefixes], device=args.device)
+    behind = torch.tensor([bool(x.prefix) for x in batch], device=args.device)
     live, metrics = (groups.amax(-1) > groups.amin(-1)).float(), {}
     for name, chosen in (("prefixed", behind), ("plain", ~behind)):
         sums = groups.mean(-1)[chosen].sum(), live[chosen].sum(), chosen.sum().float()
@@ -1440,45 +1461,42 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def evaluate(
-    model, tokenizer, prompts, prefixes, problems, reward, args, guard
-) -> dict:
-    """pass@1, pass@n (right: a reward of 1 or more) and mean reward of n = eval_samples
-    completions of each problem behind its prefix ([]: plain), shared by the ranks;
-    always the same noise. guard: as in evaluate_all."""
-    n, mine = args.eval_samples, slice(RANK, None, WORLD_SIZE)
-    noise = uniforms(args, 0, len(problems), n)
-    contexts = [prompt + prefix for prompt, prefix in zip(prompts, prefixes)][mine]
-    posed = [problem for problem in problems[mine] for _ in range(n)]
+    model, tokenizer, exercises, reward, args, guard=contextlib.nullcontext
+) -> dict[str, float]:
+    """pass@1, pass@n and mean reward of n = eval_samples completions of each exercise,
+    with the same noise every time; right: a reward of 1 or more. The ranks split the
+    exercises. guard: nothing_lost, for this step."""
+    n, mine = args.eval_samples, exercises[RANK::WORLD_SIZE]
+    noise = uniforms(args, 0, len(exercises), n)
+    posed = [x.problem for x in mine for _ in range(n)]
     with guard():
-        rollout = generate(model, tokenizer, contexts, noise, args)
-        rollout.texts = answers(tokenizer, rollout, prefixes[mine], n)
+        rollout = complete(model, tokenizer, mine, noise, args)
         rewards = score(reward, posed, rollout.texts)
     right = (rewards.view(-1, n) >= 1).sum(-1).tolist()
     sums = [sum(pass_at_k(n, c, k) for c in right) for k in (1, n)]
     sums = all_reduce(torch.tensor([*sums, rewards.sum() / n], device=args.device))
     names = "eval/pass@1", f"eval/pass@{n}", "eval/reward"
-    return dict(zip(names, (sums / len(problems)).tolist()))
+    return dict(zip(names, (sums / len(exercises)).tolist()))
 
 
 def evaluate_all(
-    model, tokenizer, tests, hard, traces, reward, args, guard=contextlib.nullcontext
-) -> dict:
+    model, tokenizer, tests, hard, reward, args, guard=contextlib.nullcontext
+) -> dict[str, float]:
     """Plain accuracy on held-out problems ("eval/...") and on the hard ones to train on
-    ("eval/hard_..."); tests and hard: (prompts, problems). With traces also the share
-    solved from 0, 20, ... 80 % of each trace ("eval/from_20%"). guard: nothing_lost,
-    for this step."""
-    metrics = {}
-    most = args.eval_prompts
-    for name, (prompts, problems) in (("", tests), ("hard_", hard)):
-        plain = prompts[:most], [[]] * len(prompts), problems[:most]
-        found = evaluate(model, tokenizer, *plain, reward, args, guard)
-        metrics |= {key.replace("/", f"/{name}"): x for key, x in found.items()}
-    chosen = [*traces][:most]
-    for percent in range(0, 100, 20) if len(chosen) >= WORLD_SIZE else ():
-        ids = [bare_ids(traces[i], stop_ids(model, tokenizer)) for i in chosen]
-        cuts = [x[: len(x) * percent // 100] for x in ids]
-        posed = [hard[0][i] for i in chosen], cuts, [hard[1][i] for i in chosen]
-        found = evaluate(model, tokenizer, *posed, reward, args, guard)
+    ("eval/hard_..."); with traces also the share solved from 0, 20, ... 80 % of each
+    trace ("eval/from_20%"). guard: as in `evaluate`."""
+    most, how = args.eval_prompts, (reward, args, guard)
+    metrics = evaluate(model, tokenizer, tests[:most], *how)
+    found = evaluate(model, tokenizer, hard[:most], *how)
+    metrics |= {key.replace("/", "/hard_"): x for key, x in found.items()}
+    traced, stops = [x for x in hard if x.trace][:most], stop_ids(model, tokenizer)
+    for percent in SHARES if len(traced) >= WORLD_SIZE else ():
+        exercises = []
+        for x in traced:
+            ids = without_stop(x.trace, stops)
+            cut = ids[: len(ids) * percent // 100]
+            exercises.append(x._replace(prefix=cut))
+        found = evaluate(model, tokenizer, exercises, *how)
         metrics[f"eval/from_{percent}%"] = found["eval/pass@1"]
     return metrics
 
@@ -1486,13 +1504,14 @@ def evaluate_all(
 def draw_prefix_success(run_dir: Path) -> None:
     """prefix_success.png: solved from each share of the trace, before and after."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-    if not (records := [r for r in records if "eval/from_0%" in r]):
+    records = [record for record in records if "eval/from_0%" in record]
+    if not records:
         return  # there are no traces
     axes = Figure(figsize=(6, 4), layout="constrained").add_subplot()
-    for record, style in zip(records[:1] + records[1:][-1:], ["o--", "o-"]):
-        found = {k: v for k, v in record.items() if k.startswith("eval/from_")}
-        shares = [int(re.sub(r"\D", "", key)) for key in found]
-        axes.plot(shares, [*found.values()], style, label=f"step {record['step']}")
+    ends = [records[0], records[-1]][: len(records)]
+    for record, style in zip(ends, ["o--", "o-"]):
+        solved = [record[f"eval/from_{share}%"] for share in SHARES]
+        axes.plot(SHARES, solved, style, label=f"step {record['step']}")
     axes.set(xlabel="% of the trace given", ylabel="solved (share)", ylim=(0, 1))
     axes.legend()
     with blame(f"cannot draw {run_dir}/prefix_success.png"):
@@ -1646,9 +1665,9 @@ def read_flags(default: Args | None = None) -> Args:
 
 def check(args: Args) -> None:
     """Reject invalid flags, and fill in --dtype and --learning-rate."""
-    may_be_0 = ["seed", "warmup_steps", "lora_rank", "kl_coef", "clip_low", "clip_high"]
-    may_be_0 += ["prefixes_per_problem", "prefix_low", "plain_share"]
-    may_be_0 += ["sft_epochs", "max_flops"]
+    may_be_0 = "seed", "warmup_steps", "lora_rank", "kl_coef", "clip_low", "clip_high"
+    may_be_0 += "prefixes_per_problem", "prefix_low", "plain_share", "sft_epochs"
+    may_be_0 += ("max_flops",)
     for name, value in vars(args).items():
         number, zero = type(value) in (int, float), value == 0 and name in may_be_0
         if number and not (zero or 0 < value < math.inf):  # nan is neither
@@ -1658,6 +1677,9 @@ def check(args: Args) -> None:
         args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     if args.learning_rate is None:
         args.learning_rate = 3e-4 if args.model == "tiny" else 1e-6
+    no_file = args.traces and not (args.resume or Path(args.traces).is_file())
+    idle = args.trace_model and not needs_traces(args)
+    both = args.off_policy and args.prefixes_per_problem > 0
     for wrong, message in (
         (args.group_size < 2, "--group-size must be 2 or more: A compares completions"),
         (args.eval_data and not args.data, "--eval-data needs --data"),
@@ -1669,18 +1691,9 @@ def check(args: Args) -> None:
         (args.plain_share > 1, "--plain-share is a share of the batch: at most 1"),
         (args.traces and args.trace_model, "--traces or --trace-model, not both"),
         (args.strict_traces and not args.traces, "--strict-traces needs --traces"),
-        (
-            args.trace_model and not needs_traces(args),
-            "--trace-model has no effect: plain RL needs no traces",
-        ),
-        (
-            args.traces and not (args.resume or Path(args.traces).is_file()),
-            f"--traces: there is no file {args.traces!r}",
-        ),
-        (
-            args.off_policy and args.prefixes_per_problem > 0,
-            "--off-policy is plain RL: it needs --prefixes-per-problem 0",
-        ),
+        (no_file, f"--traces: there is no file {args.traces!r}"),
+        (both, "--off-policy is plain RL: it needs --prefixes-per-problem 0"),
+        (idle, "--trace-model has no effect: plain RL needs no traces"),
         (args.prompts_per_step % WORLD_SIZE, "ranks must divide --prompts-per-step"),
     ):
         if wrong:
@@ -1745,68 +1758,53 @@ def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, floa
     return metrics | {"peak_memory_gb": peak / 2**30}
 
 
-def begin(model, tokenizer, hard, traces, tests, reward, args) -> dict:
-    """The first evaluation; then imitation, if asked for, and another evaluation."""
-    everything = tests, hard, traces, reward, args
-    metrics = evaluate_all(model, tokenizer, *everything) | {"flops_sft": 0}
-    if args.sft_epochs:
-        metrics["flops_sft"] = imitate(model, hard[0], traces, args)
-        after = evaluate_all(model, tokenizer, *everything)
-        metrics |= {key.replace("eval/", "sft/"): x for key, x in after.items()}
-    return metrics
-
-
-def practice(
-    model, reference, tokenizer, optimizer, batch, hard, traces, reward, step, args
-) -> tuple[dict, dict]:
-    """A step of phase 3 on a batch of (index, prefix): its metrics, with the FLOPs of
-    this step, and the sample for samples.jsonl."""
-    clock, n = [time.perf_counter()], args.group_size
-    contexts, prefixes = [hard[0][i] + z for i, z in batch], [z for _, z in batch]
-    noise = uniforms(args, step, args.prompts_per_step, n)
-    posed, weights = [hard[1][i] for i, _ in batch for _ in range(n)], 1.0
-    with nothing_lost(args, step - 1, (model, tokenizer, optimizer)):
-        rollout = generate(model, tokenizer, contexts, noise, args)
-        rollout.texts = answers(tokenizer, rollout, prefixes, n)
-        read = read_tokens(rollout, n)
-        if args.off_policy:
-            around = batch, hard[0], traces, args
-            rollout, weights, more = put_traces(model, tokenizer, rollout, *around)
-            read += more
-        if not args.mask_prefix:
-            rollout = unmask_prefixes(rollout, batch, hard[0], args)
-        clock.append(time.perf_counter())
-        rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
-    advantages = group_advantages(rollout.rewards, n, args.advantage_scale) * weights
-    clock.append(time.perf_counter())
-    warm = min(1.0, step / max(args.warmup_steps, 1))
-    optimizer.param_groups[0]["lr"] = args.learning_rate * warm
-    stats = update(model, reference, optimizer, rollout, advantages, args)
-    clock.append(time.perf_counter())
-    trained = trained_tokens(rollout, advantages, args)
-    read += trained // args.updates_per_batch if reference else 0
-    cost = all_reduce(torch.tensor([read, trained], device=args.device)).tolist()
-    metrics = {"step": step} | describe(rollout, clock, args) | stats
-    metrics |= by_kind(rollout.rewards, prefixes, args) | {"flops": flops(model, *cost)}
-    sample = {"prompt": tokenizer.decode(contexts[0])}  # the first group
-    sample |= {"completions": rollout.texts[:n]}
-    return metrics, sample | {"rewards": rollout.rewards[:n].tolist()}
+def prepare(parts, problems, candidates, tests, reward, step: int, args) -> tuple:
+    """All before phase 3: the records of traces.jsonl, the hard and the prefixed
+    exercises, and the metrics of `step`, the last one that was made. A resumed run
+    reads what it found before. Imitation comes between two evaluations."""
+    model, tokenizer, _ = parts
+    run_dir = Path(args.run_dir)
+    if args.resume:
+        with blame(f"{run_dir} cannot be resumed"):
+            found = [json.loads(line) for line in (run_dir / "traces.jsonl").open()]
+            logs = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]  # whole
+            metrics = [r for r in map(json.loads, logs) if r["step"] <= step][-1]
+    else:  # phase 1
+        task = problems, candidates, reward, args
+        found, metrics = find_traces(model, tokenizer, *task)
+    hard = []
+    for record in found:
+        trace = dict(trace=record["ids"] or [], logprob=record["logprob"])
+        hard.append(candidates[record["problem"]]._replace(**trace))
+    prefixed = cut_prefixes(hard, stop_ids(model, tokenizer), args)  # phase 2
+    if args.prefixes_per_problem and not prefixed:
+        fail("all prefixes are empty: give a higher --prefix-low and --prefix-high")
+    if not args.resume:
+        metrics |= evaluate_all(model, tokenizer, tests, hard, reward, args)
+        metrics["flops_sft"] = 0
+        if args.sft_epochs:
+            metrics["flops_sft"] = imitate(model, hard, args)
+            after = evaluate_all(model, tokenizer, tests, hard, reward, args)
+            metrics |= {key.replace("eval/", "sft/"): x for key, x in after.items()}
+        total = sum(x for key, x in metrics.items() if key.startswith("flops_"))
+        metrics |= {"step": 0, "flops": total, "prefixed_problems": len(prefixed)}
+    return found, hard, prefixed, metrics
 
 
 def report(run_dir: Path, args: Args) -> None:
     """The table at the end: base, plain RL of the committed benchmark, this run."""
     logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-    file = Path(__file__).resolve().parent.parent / "benchmarks/results/prefixrl.json"
-    plain = "not known here"
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        runs = [run for run in json.loads(file.read_text()) if run["arm"] == "rl"]
-        ends = [run["evals"][-1]["eval/hard_pass@1"] for run in runs]
-        if ends:
-            plain = f"{sum(ends) / len(ends):.3f} (mean of {len(ends)} seeds)"
     for name in [name for name in logs[-1] if name.startswith("eval/")]:
         base = logs[0].get(name, math.nan)  # other ranks may have cut other prefixes
         print(f"{name:17} base {base:.3f}  trained {logs[-1][name]:.3f}")
     if (args.model, args.task, args.data) == ("tiny", Args.task, ""):
+        folder = Path(__file__).resolve().parent.parent / "benchmarks/results"
+        plain = "not known here"
+        with contextlib.suppress(OSError, ArithmeticError, LookupError, ValueError):
+            runs = json.loads((folder / "prefixrl.json").read_text())
+            ends = [run["evals"][-1] for run in runs if run["arm"] == "rl"]
+            mean = sum(end["eval/hard_pass@1"] for end in ends) / len(ends)
+            plain = f"{mean:.3f} (mean of {len(ends)} seeds)"
         print(f"eval/hard_pass@1  of plain RL in the committed benchmark: {plain}")
     print(f"{logs[-1]['flops']:.3g} FLOPs, run folder: {run_dir}")
 
@@ -1821,73 +1819,77 @@ def catch_stops() -> list[int]:
 
 
 def train(args: Args) -> int:
-    """Find hard problems and traces; cut prefixes; RL on both kinds of problem."""
+    """Find hard problems and traces; cut prefixes; then as in grpo.py, on both kinds of
+    problem."""
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
     known = hash_prompts(problems + held_out, args)
-    run_dir = Path(args.run_dir)
-    writer = args.trace_model or ("careful" if args.model == "tiny" else "base")
-    writer = writer if needs_traces(args) and not args.traces else "base"
-    name, writer = (built_in(x, problems, args) for x in (args.model, writer))
-    problems, last = problems[: args.candidates], run_dir / "checkpoint"
+    name = built_in(args.model, problems, args)
+    last = Path(args.run_dir, "checkpoint")
     model, tokenizer = load_model(str(last) if args.resume else name, args)
     add_lora(model, args)
     reference = load_reference(name, model, args)
     longest = context_length(model) - args.max_new_tokens
     rows = len(model.get_input_embeddings().weight)
-    tests = encode_prompts(tokenizer, held_out, longest, rows), held_out
-    # phase 1 needs prompts with room for a trace and a completion
-    prompts = encode_prompts(tokenizer, problems, longest - args.max_new_tokens, rows)
+    room = longest - args.max_new_tokens  # a trace and a completion have to fit in
+    prompts = encode_prompts(tokenizer, problems[: args.candidates], room, rows)
+    tests = encode_prompts(tokenizer, held_out, longest, rows)
+    candidates = [Exercise(*x) for x in zip(prompts, problems)]
+    tests = [Exercise(*x) for x in zip(tests, held_out)]
     if RANK == 0:
         tqdm.write(f"first prompt: {tokenizer.decode(prompts[0])!r}")
     optimizer, step = make_optimizer(model, args)
     parts = model, tokenizer, optimizer
-    if args.resume:
-        with blame(f"{run_dir} cannot be resumed"):
-            found = [json.loads(line) for line in (run_dir / "traces.jsonl").open()]
-            logs = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]  # whole
-            metrics = [r for r in map(json.loads, logs) if r["step"] <= step][-1]
-    else:  # phase 1
-        posed, given = (prompts, problems, reward), None
-        sampler = load_sampler(writer, model, tokenizer, args)
-        if args.traces:
-            given = read_traces(args.traces, tokenizer, *posed, longest, args)
-        found, metrics = find_traces(model, sampler, tokenizer, posed, given, args)
-        del sampler  # its memory is free again
-    hard = tuple([x[r["problem"]] for r in found] for x in (prompts, problems))
-    traces = {i: Trace(r["ids"], r["logprob"]) for i, r in enumerate(found) if r["ids"]}
-    prefixed = cut_prefixes(traces, stop_ids(model, tokenizer), args)  # phase 2
-    if args.prefixes_per_problem and not prefixed:
-        fail("all prefixes are empty: give a higher --prefix-low and --prefix-high")
-    plain = [(i, []) for i in range(len(found))]
-    if not args.resume:
-        metrics |= begin(model, tokenizer, hard, traces, tests, reward, args)
-        spent = sum(x for key, x in metrics.items() if key[:6] == "flops_")
-        metrics |= {"step": 0, "flops": spent, "prefixed_problems": len(prefixed)}
+    task = problems, candidates, tests, reward, step, args
+    found, hard, prefixed, metrics = prepare(parts, *task)  # phases 1 and 2
     total, pass_1 = metrics["flops"], metrics.get("eval/hard_pass@1", math.nan)
     if 0 < args.max_flops <= total:
         fail(f"--max-flops {args.max_flops:.3g}: {total:.3g} spent by step {step}")
-    stops = catch_stops()
+    run_dir, stops = Path(args.run_dir), catch_stops()
     if RANK == 0:  # an earlier end leaves no folder; the same command continues it
         _lock = open_run(args, step, known)  # until this function returns
     if RANK == 0 and not args.resume:
         lines = "".join(f"{json.dumps(record)}\n" for record in found)
-        (run_dir / "traces.jsonl").write_text(lines)
+        with blame(f"cannot write to {run_dir}"):
+            (run_dir / "traces.jsonl").write_text(lines)
         write_logs(args, metrics, {})
         save_checkpoint(run_dir, 0, *parts)
-        print(f"{len(found)} hard problems, {len(traces)} of them with a trace")
+        traced = sum(bool(x.trace) for x in hard)
+        print(f"{len(hard)} hard problems, {traced} of them with a trace")
+    n, group_size = args.prompts_per_step, args.group_size
     steps = range(step + 1, args.steps + 1)
     bar = tqdm(steps, initial=step, total=args.steps, disable=RANK > 0)
     for step in bar:  # phase 3
-        batch = draw_batch(prefixed, plain, step, args)
-        around = batch, hard, traces, reward, step, args
-        metrics, sample = practice(model, reference, tokenizer, optimizer, *around)
-        total = metrics["flops"] = total + metrics["flops"]
+        clock = [time.perf_counter()]
+        batch = draw_batch(prefixed, hard, step, args)
+        noise = uniforms(args, step, n, group_size)
+        posed = [x.problem for x in batch for _ in range(group_size)]
+        with nothing_lost(args, step - 1, parts):
+            rollout, weights, read = sample_batch(model, tokenizer, batch, noise, args)
+            clock.append(time.perf_counter())
+            rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
+        advantages = group_advantages(rollout.rewards, group_size, args.advantage_scale)
+        advantages = advantages * weights
+        clock.append(time.perf_counter())
+        warm = min(1.0, step / max(args.warmup_steps, 1))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * warm
+        stats = update(model, reference, optimizer, rollout, advantages, args)
+        clock.append(time.perf_counter())
+        trained = trained_tokens(rollout, advantages, args)
+        read += trained // args.updates_per_batch if reference else 0
+        cost = all_reduce(torch.tensor([read, trained], device=args.device)).tolist()
+        total += flops(model, *cost)
+        metrics = {"step": step} | describe(rollout, clock, args) | stats
+        metrics |= by_kind(rollout.rewards, batch, args) | {"flops": total}
+        prompt = batch[0].prompt + batch[0].prefix
+        sample = {"prompt": tokenizer.decode(prompt)}  # the first group
+        sample |= {"completions": rollout.texts[:group_size]}
+        sample |= {"rewards": rollout.rewards[:group_size].tolist()}
         end = step == args.steps or 0 < args.max_flops <= total
         if step % args.eval_every == 0 or end:
-            state, known = (args, step, parts, metrics, sample), (tests, hard, traces)
+            state = args, step, parts, metrics, sample
             guard = functools.partial(nothing_lost, *state)
-            metrics |= evaluate_all(model, tokenizer, *known, reward, args, guard)
+            metrics |= evaluate_all(model, tokenizer, tests, hard, reward, args, guard)
             pass_1 = metrics["eval/hard_pass@1"]
         stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0
         write_logs(args, metrics, sample)
@@ -1896,7 +1898,7 @@ def train(args: Args) -> int:
         bar.set_postfix(shown, GB=metrics["peak_memory_gb"])
         if step == 1 and RANK == 0:
             tqdm.write(f"first prompt of a batch: {sample['prompt']!r}")
-            tqdm.write(f"first completion: {sample['completions'][0]!r}")
+            tqdm.write(f"first completion: {rollout.texts[0]!r}")
             tqdm.write("a loss near 0 is normal: watch the reward and pass@1")
         if (stop or step % args.save_every == 0 or end) and RANK == 0:
             save_checkpoint(run_dir, step, *parts)

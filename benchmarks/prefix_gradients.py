@@ -44,22 +44,28 @@ class Keep(torch.optim.SGD):
         self.gradient = torch.cat([p.grad.flatten() for p in parameters])
 
 
-def gradients(prefixrl, model, tokenizer, hard, traces, reward, kind, args, batches):
+def gradients(prefixrl, model, tokenizer, hard, reward, kind, args, batches):
     """Gradients (K, parameters) float32 of batches of a kind, and their live shares."""
     low, high = BANDS.get(kind, (0.4, 0.8))
     args = dataclasses.replace(args, prefix_low=low, prefix_high=high)
     args.mask_prefix, args.off_policy = kind != KINDS[-2], kind == KINDS[-1]
     args.plain_share, args.max_grad_norm = float(kind.startswith("plain")), 1e30
-    prefixed = prefixrl.cut_prefixes(traces, prefixrl.stop_ids(model, tokenizer), args)
-    plain, keep = [(i, []) for i in range(len(hard[0]))], Keep(model.parameters(), 0.0)
-    pool, rows, live = plain if kind.startswith("plain") else prefixed, [], []
+    prefixed = prefixrl.cut_prefixes(hard, prefixrl.stop_ids(model, tokenizer), args)
+    keep, n = Keep(model.parameters(), 0.0), args.group_size
+    pool, rows, live = hard if kind.startswith("plain") else prefixed, [], []
     for k in range(10**4, 10**4 + batches):  # noise that no run has seen
         step = 1 + k * len(pool)  # the first of an epoch: no batch depends on another
-        batch = prefixrl.draw_batch(prefixed, plain, step, args)
-        around = batch, hard, traces, reward, step, args
-        metrics, _ = prefixrl.practice(model, None, tokenizer, keep, *around)
+        batch = prefixrl.draw_batch(prefixed, hard, step, args)
+        noise = prefixrl.uniforms(args, step, len(batch), n)
+        posed = [exercise.problem for exercise in batch for _ in range(n)]
+        parts = model, tokenizer, batch, noise, args
+        rollout, weights, _ = prefixrl.sample_batch(*parts)
+        rollout.rewards = prefixrl.score(reward, posed, rollout.texts)
+        A = prefixrl.group_advantages(rollout.rewards, n, args.advantage_scale)
+        prefixrl.update(model, None, keep, rollout, A * weights, args)
         rows.append(keep.gradient)
-        live.append(1 - metrics["dead_group_share"])
+        groups = rollout.rewards.view(-1, n)
+        live.append((groups.amax(-1) > groups.amin(-1)).float().mean().item())
     return torch.stack(rows), np.array(live)
 
 
@@ -84,11 +90,7 @@ def measure(prefixrl, seed: int, flags) -> dict:
     problems, _, reward = prefixrl.load_task(args)
     lines = (folder / "traces.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
-    traces = {
-        i: prefixrl.Trace(r["ids"], r["logprob"])
-        for i, r in enumerate(found)
-        if r["ids"]
-    }
+    traces = [(record["ids"] or [], record["logprob"]) for record in found]
     places = {str(problem.prompt): problem for problem in problems}
     posed, policies = [places[str(record["prompt"])] for record in found], {}
     for after in flags.after:
@@ -96,10 +98,12 @@ def measure(prefixrl, seed: int, flags) -> dict:
         if after:
             name = run_until(prefixrl, after, seed, flags.run_flags) / "checkpoint"
         model, tokenizer = prefixrl.load_model(str(name), args)
-        hard = prefixrl.encode_prompts(tokenizer, posed, 10**6, 10**6), posed
+        prompts = prefixrl.encode_prompts(tokenizer, posed, 10**6, 10**6)
+        parts = zip(prompts, posed, traces)
+        hard = [prefixrl.Exercise(ids, x, *trace) for ids, x, trace in parts]
         rows, plain = policies.setdefault(f"step {after}", {}), None
         for kind in KINDS:
-            parts = model, tokenizer, hard, traces, reward, kind, args, flags.batches
+            parts = model, tokenizer, hard, reward, kind, args, flags.batches
             g, live = gradients(prefixrl, *parts)
             plain = g if plain is None else plain
             row = rows[kind] = summary(g, live, plain)

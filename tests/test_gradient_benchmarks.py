@@ -62,17 +62,21 @@ def test_batches_of_one_epoch_are_taken_for_independent(kind, monkeypatch):
     independent batches of 4 have none in common in 14 % of cases, not in two thirds."""
     program, script, drawn = load("prefix_gradients"), load_script("prefixrl"), []
 
-    def practice(model, reference, tokenizer, keep, batch, *_):
-        drawn.append({i for i, _ in batch})
-        keep.gradient = torch.zeros(1)
-        return {"dead_group_share": 0.0}, {}
+    def sample_batch(model, tokenizer, batch, *_):
+        drawn.append({x.problem.answer for x in batch})
+        return SimpleNamespace(texts=["a"] * len(batch) * 8), 1.0, 0
 
-    monkeypatch.setattr(script, "practice", practice)
-    pool = [(i, []) for i in range(12)]
+    def update(model, reference, keep, *_):
+        keep.gradient = torch.zeros(1)
+
+    monkeypatch.setattr(script, "sample_batch", sample_batch)
+    monkeypatch.setattr(script, "update", update)
+    pool = [script.Exercise([5], script.Problem("p", i)) for i in range(12)]
     monkeypatch.setattr(script, "cut_prefixes", lambda *_: pool)
     tokenizer, model = SimpleNamespace(eos_token_id=1), torch.nn.Linear(1, 1)
     model.generation_config = SimpleNamespace(eos_token_id=1)
-    around = tokenizer, (pool, pool), {}, None, kind, script.Args(prompts_per_step=4)
+    reward = lambda problem, text: 0.0
+    around = tokenizer, pool, reward, kind, script.Args(prompts_per_step=4)
     program.gradients(script, model, *around, 100)
     assert all(len(batch) == 4 for batch in drawn)
     apart = [not a & b for a, b in itertools.pairwise(drawn)]
