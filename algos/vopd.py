@@ -107,9 +107,9 @@ class Args:
     teacher: str = ""  # a folder or a hub name (default for a tiny student: built in)
     teacher_steps: int = 1500  # training steps of the built-in teacher, on 64 answers
     task: str = "countdown"  # countdown, countdown-4 (four numbers), ... or a task.py
-    data: str = ""  # JSONL file of {"prompt": ...} (answer optional), not with --task
+    data: str = ""  # JSONL file of {"prompt": ...} (answer optional), instead of --task
     eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)
-    estimator: Literal[ESTIMATORS] = "vopd"  # of KL's gradient; topk, clip: biased
+    estimator: Literal[ESTIMATORS] = "vopd"  # of the KL's gradient; topk, clip: biased
     top_k: int = 100  # tokens in the KL of vopd-topk and topk (at most V)
     clip_lambda: float = 0.1  # lam of clip, between 0 and 1
     prompts_per_step: int = 256  # prompts in a batch, over all ranks
@@ -1339,8 +1339,8 @@ def parse_args() -> Args:
 def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, float]:
     """Metrics of a rollout (means over the ranks), of time and of memory."""
     lengths = rollout.completion_mask.sum(-1)
-    means = rollout.rewards, rollout.truncated.float(), lengths
-    means = all_reduce(torch.stack([x.mean() for x in means])) / WORLD_SIZE
+    means = rollout.rewards.mean(), rollout.truncated.float().mean(), lengths.mean()
+    means = all_reduce(torch.stack(means)) / WORLD_SIZE
     names = "reward_mean", "truncated_share", "completion_length"
     metrics = dict(zip(names, means.tolist()))
     names = "seconds_rollout", "seconds_score", "seconds_update"
