@@ -224,13 +224,8 @@ TASKS = {"countdown": (countdown_problems, countdown_reward, 3)}  # 3: default s
 
 # NP-hard problems. An answer lists the names of what it picks: item or node numbers,
 # "025", or cities in visiting order, "371295". X_draw: instance, prompt, names;
-# X_value: 0 if the picks are infeasible; X_best: the exact optimum, by brute force.
-
-
-@functools.cache
-def subsets(n: int) -> np.ndarray:
-    """All subsets of n things, (2^n, n) bool."""
-    return np.array([*itertools.product([False, True], repeat=n)])
+# X_value: of an answer, 0 if it is infeasible, or of K answers at once, (n, K). There
+# an answer is n bools (is this one picked?), or the n cities in visiting order.
 
 
 def knapsack_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
@@ -241,18 +236,11 @@ def knapsack_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
     return [weights, values, capacity], f"{items} >{capacity}:", [*map(str, range(n))]
 
 
-def knapsack_value(instance: list, picks: list[int]) -> int:
-    """Total value of the picks; 0 if they are too heavy."""
+def knapsack_value(instance: list, picked):
+    """Total value of the items picked; 0 if they are too heavy."""
     weights, values, capacity = instance
-    fits = sum(weights[i] for i in picks) <= capacity
-    return fits * sum(values[i] for i in picks)
-
-
-def knapsack_best(instance: list) -> int:
-    """The largest value of all subsets."""
-    weights, values, capacity = instance
-    inside = subsets(len(weights))
-    return int((inside @ values * (inside @ weights <= capacity)).max())
+    fits = sum(w * x for w, x in zip(weights, picked)) <= capacity
+    return fits * sum(v * x for v, x in zip(values, picked))
 
 
 def mis_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
@@ -263,16 +251,10 @@ def mis_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
     return [n, edges], prompt, [*map(str, range(n))]
 
 
-def mis_value(instance: list, picks: list[int]) -> int:
-    """Number of picks; 0 if an edge joins two of them."""
-    return len(picks) * all(a not in picks or b not in picks for a, b in instance[1])
-
-
-def mis_best(instance: list) -> int:
-    """Size of the largest independent set: maximum of all subsets."""
-    inside = subsets(instance[0])
-    joined = [inside[:, a] & inside[:, b] for a, b in instance[1]]
-    return int((inside.sum(-1) * ~np.any(joined, 0)).max())
+def mis_value(instance: list, picked):
+    """Number of nodes picked; 0 if an edge joins two of them."""
+    joined = sum(picked[a] & picked[b] for a, b in instance[1])
+    return sum(picked) * (joined == 0)
 
 
 def tsp_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
@@ -282,54 +264,54 @@ def tsp_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
     return cities, f"{' '.join(names)}:", names
 
 
-def tsp_value(instance: list, picks: list[int]) -> int:
+def tsp_value(instance: list, order):
     """Length of the closed tour, |dx| + |dy| per leg; 0 if it misses a city."""
-    tour = [instance[i] for i in picks]
-    legs = zip(tour, tour[1:] + tour[:1])
-    length = sum(abs(x - u) + abs(y - v) for (x, y), (u, v) in legs)
-    return length * (len(tour) == len(instance))
+    cities = np.array(instance)
+    distance = np.abs(cities[:, None] - cities).sum(-1)
+    length = sum(distance[order[i - 1], order[i]] for i in range(len(order)))
+    return length * (len(order) == len(cities))
 
 
 @functools.cache
-def tours(n: int) -> np.ndarray:
-    """All closed tours of n cities, each in one direction only, (tours, n): places of
-    their legs in a flattened (n, n) matrix of distances."""
-    orders = itertools.permutations(range(1, n))
-    order = np.array([(0, *order) for order in orders if order[0] <= order[-1]])
-    return order * n + np.roll(order, 1, -1)
-
-
-def tsp_best(instance: list) -> int:
-    """Length of the shortest of all tours."""
-    places = np.array(instance)
-    legs = np.abs(places[:, None] - places).sum(-1)
-    return int(legs.take(tours(len(instance))).sum(-1).min())
+def all_answers(name: str, n: int) -> np.ndarray:
+    """All subsets of n things, (n, 2^n) bool; for "tsp" all closed tours, each in one
+    direction only, (n, tours)."""
+    answers = itertools.product([False, True], repeat=n)
+    if name == "tsp":
+        orders = itertools.permutations(range(1, n))
+        answers = ((0, *order) for order in orders if order[0] <= order[-1])
+    return np.array([*answers]).T
 
 
 NP = {
-    "mis": (mis_draw, mis_value, mis_best),  # maximum independent set
-    "knapsack": (knapsack_draw, knapsack_value, knapsack_best),
-    "tsp": (tsp_draw, tsp_value, tsp_best),  # travelling salesman
+    "mis": (mis_draw, mis_value),  # maximum independent set
+    "knapsack": (knapsack_draw, knapsack_value),
+    "tsp": (tsp_draw, tsp_value),  # travelling salesman
 }
 
 
 def np_problems(name: str, split: str, seed: int, n: int) -> Iterator[Problem]:
-    """Problems of one kind, with random feasible worked answers. The instance, sorted,
-    decides whether it is held out. Not endless: the smallest sizes have too few
-    instances for both splits."""
-    draw, value, best = NP[name]
+    """Problems of one kind, with random feasible worked answers and the value of the
+    best, by brute force. The instance, sorted, decides whether it is held out. Not
+    endless: the smallest sizes have too few instances for both splits."""
+    draw, value = NP[name]
     rng = random.Random(f"{name} {split} {seed}")
     for _ in range(40_000):
         instance, prompt, names = draw(rng, n)
-        order, most, picks = rng.sample(range(n), n), rng.randint(1, n), []
+        order, most = rng.sample(range(n), n), rng.randint(1, n)
         held_out = random.Random(str(sorted(prompt[:-1].split()))).random() < 1 / 8
         if held_out != (split == "eval"):
             continue
-        for i in order:
-            if len(picks) < most and value(instance, [*picks, i]):
-                picks.append(i)
-        picks = order if name == "tsp" else sorted(picks)
-        answer = [name, names, instance, best(instance)]
+        values = value(instance, all_answers(name, n))
+        if name == "tsp":
+            best, picks = values.min(), order
+        else:  # what fits, in this order, but no more than `most`
+            picked = [False] * n
+            for i in order:
+                picked[i] = sum(picked) < most
+                picked[i] = picked[i] and value(instance, picked) > 0
+            best, picks = values.max(), [i for i in range(n) if picked[i]]
+        answer = [name, names, instance, int(best)]
         yield Problem(prompt, answer, "".join(names[i] for i in picks))
 
 
@@ -342,7 +324,9 @@ def np_verify(problem: Problem, completion: str) -> tuple[bool, float, object]:
         parts = [completion[i : i + width] for i in range(0, len(completion), width)]
         if len({*parts}) == len(parts) and {*parts} <= {*names}:  # known, and once
             picks = [names.index(part) for part in parts]
-            value = NP[name][1](instance, picks)
+            picked = [i in picks for i in range(len(names))]
+            answer = picks if name == "tsp" else picked
+            value = int(NP[name][1](instance, answer))
     if not value:
         return False, 0.0, None
     if name == "tsp":
