@@ -15,14 +15,17 @@ o_1..o_G of a prompt, with rewards r_1..r_G:
             1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2        js
     L     = L_GRPO + lambda L_DM                       --dm-coef lambda
 
-p is a constant, from the raw rewards; phi has the gradient and is of the current theta,
-unclipped. L_GRPO is the -J of algos/grpo.py, with its flags; --dm-only drops it, and
---dm-coef 0 leaves that script's update. Its token weights w and denominator Z are, with
---normalization token: 1 and completion tokens, sequence: 1/|o_i| and completions,
-constant: 1 and completions x max length. Which term dominates is logged at each step as
-the mean over completions of |d loss / d phi_i|, in the same units: grpo_coefficient for
-L_GRPO (a change of phi_i moves all log-probs of o_i alike), dm_coefficient for
-lambda L_DM.
+p is a constant, from the raw rewards; phi is of the current theta, unclipped, and has
+the gradient. L_GRPO is the -J of algos/grpo.py, with its flags: --dm-only leaves it
+out, --dm-coef 0 leaves nothing else. Its token weights w and denominator Z are
+
+    --normalization token     w_i = 1,        Z = completion tokens
+                    sequence  w_i = 1/|o_i|,  Z = completions
+                    constant  w_i = 1,        Z = completions x max length
+
+Which term dominates is logged at each step, as the mean over completions of
+|d loss / d phi_i|, where phi_i moves all log-probs of o_i alike: grpo_coefficient for
+L_GRPO, dm_coefficient for lambda L_DM.
 
 Differences. L_DM is averaged over the groups of a batch (the paper does not say). With
 --mask-truncated, cut-off completions are left out of p, q and G. The other two
@@ -1102,8 +1105,8 @@ def distribution_matching_loss(
 
 
 def coefficients(loss: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
-    """Sum over completions of |d loss / d phi_i|, for a shift of all log-probs of o_i,
-    whose mean is phi_i. logprobs (B, C)."""
+    """Sum over completions of |d loss / d phi_i|, where phi_i moves all log-probs of
+    o_i, a row of logprobs (B, C), alike."""
     (gradient,) = torch.autograd.grad(loss, logprobs, retain_graph=True)
     return gradient.sum(-1).abs().sum()
 

@@ -1017,9 +1017,9 @@ def scaled_logits(head, hidden, temperature: float) -> torch.Tensor:
 
 
 def distill(model, teacher, rollout, mask, z, args, most=2**28) -> tuple:
-    """Sums (4,) over the tokens in mask (B, C), of the loss, the reverse KL, 1, and the
-    gap |delta log p| between what was scored and what was sampled; and the largest gap.
-    Gradients of the loss, if they are on, are added to those of the weights.
+    """Sums (4,) over the tokens in mask (B, C): loss, reverse KL, tokens, and gaps
+    |delta log p| between scored and sampled log-probs; and the largest gap. Gradients
+    of the loss, if they are on, are added to those of the weights.
 
     No (B, C, V) tensor exists for either model: a chunk with about `most` bytes of
     logits is finished, backward pass included, before the next one is made.
