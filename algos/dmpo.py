@@ -15,14 +15,17 @@ o_1..o_G of a prompt, with rewards r_1..r_G:
             1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2        js
     L     = L_GRPO + lambda L_DM                       --dm-coef lambda
 
-p is a constant, from the raw rewards; phi has the gradient and is of the current theta,
-unclipped. L_GRPO is the -J of algos/grpo.py, with its flags; --dm-only drops it, and
---dm-coef 0 leaves that script's update. Its token weights w and denominator Z are, with
---normalization token: 1 and completion tokens, sequence: 1/|o_i| and completions,
-constant: 1 and completions x max length. Which term dominates is logged at each step as
-the mean over completions of |d loss / d phi_i|, in the same units: grpo_coefficient for
-L_GRPO (a change of phi_i moves all log-probs of o_i alike), dm_coefficient for
-lambda L_DM.
+p is a constant, from the raw rewards; phi is of the current theta, unclipped, and has
+the gradient. L_GRPO is the -J of algos/grpo.py, with its flags: --dm-only leaves it
+out, --dm-coef 0 leaves nothing else. Its token weights w and denominator Z are
+
+    --normalization token     w_i = 1,        Z = completion tokens
+                    sequence  w_i = 1/|o_i|,  Z = completions
+                    constant  w_i = 1,        Z = completions x max length
+
+Which term dominates is logged at each step, as the mean over completions of
+|d loss / d phi_i|, where phi_i moves all log-probs of o_i alike: grpo_coefficient for
+L_GRPO, dm_coefficient for lambda L_DM.
 
 Differences. L_DM is averaged over the groups of a batch (the paper does not say). With
 --mask-truncated, cut-off completions are left out of p, q and G. The other two
@@ -81,7 +84,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 # names whose code may differ from their namesakes in other scripts
-OWN = "CURVE", "TASKS", "update", "evaluate", "check"
+OWN = "CURVE", "update", "evaluate", "check"
 CURVE = "eval/sr|eval/qr|eval/qr@16|reward_mean"  # metrics that curve.png shows
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -96,7 +99,7 @@ class Args:
     run_dir: str = ""  # folder of the run (default: runs/dmpo/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue; its saved flags apply
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # for matrix products
     model: str = "tiny"  # tiny (built in), a local folder or a hub name
     tiny_steps: int = 450  # warm-start steps of tiny, on 64 worked answers each
     task: str = "mis"  # mis, mis-9 (size), knapsack, tsp, countdown or a task.py
@@ -110,14 +113,14 @@ class Args:
     warmup_steps: int = 10  # steps over which the learning rate rises
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     micro_batch_size: int = 64  # completions in one forward and backward pass
-    rollout_batch_size: int = 512  # completions decoded side by side
+    rollout_batch_size: int = 512  # completions sampled in one batch
     lora_rank: int = 0  # train adapters of this rank (needs peft); 0: all weights
     gradient_checkpointing: bool = False  # recompute activations to save memory
     updates_per_batch: int = 1  # optimiser steps on each batch
     clip_low: float = 0.2  # e_low: ratios are clipped at 1 - e_low
     clip_high: float = 0.28  # e_high: ratios are clipped at 1 + e_high
     advantage_scale: Literal["std", "none"] = "std"  # divide by the group's std, or not
-    normalization: Literal["token", "sequence", "constant"] = "token"  # L_GRPO per what
+    normalization: Literal["token", "sequence", "constant"] = "token"  # denominator Z
     dm_coef: float = 2.0  # lambda: weight of the distribution matching, 0 is GRPO
     dm_temperature: float = 1 / 15  # alpha: the smaller, the sharper the target p
     dm_divergence: Literal["mse", "forward-kl", "js"] = "mse"  # between p and q
@@ -220,15 +223,12 @@ def countdown_reward(problem: Problem, completion: str) -> float:
     return float(pool == [target] and len(completion) <= 20 * len(given))
 
 
+TASKS = {"countdown": (countdown_problems, countdown_reward, 3)}  # 3: default size
+
 # NP-hard problems. An answer lists the names of what it picks: item or node numbers,
 # "025", or cities in visiting order, "371295". X_draw: instance, prompt, names;
-# X_value: 0 if the picks are infeasible; X_best: the exact optimum, by brute force.
-
-
-@functools.cache
-def subsets(n: int) -> np.ndarray:
-    """All subsets of n things, (2^n, n) bool."""
-    return np.array([*itertools.product([False, True], repeat=n)])
+# X_value: of an answer, 0 if it is infeasible, or of K answers at once, (n, K). There
+# an answer is n bools (is this one picked?), or the n cities in visiting order.
 
 
 def knapsack_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
@@ -239,18 +239,11 @@ def knapsack_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
     return [weights, values, capacity], f"{items} >{capacity}:", [*map(str, range(n))]
 
 
-def knapsack_value(instance: list, picks: list[int]) -> int:
-    """Total value of the picks; 0 if they are too heavy."""
+def knapsack_value(instance: list, picked):
+    """Total value of the items picked; 0 if they are too heavy."""
     weights, values, capacity = instance
-    fits = sum(weights[i] for i in picks) <= capacity
-    return fits * sum(values[i] for i in picks)
-
-
-def knapsack_best(instance: list) -> int:
-    """The largest value of all subsets."""
-    weights, values, capacity = instance
-    inside = subsets(len(weights))
-    return int((inside @ values * (inside @ weights <= capacity)).max())
+    fits = sum(w * x for w, x in zip(weights, picked)) <= capacity
+    return fits * sum(v * x for v, x in zip(values, picked))
 
 
 def mis_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
@@ -261,16 +254,10 @@ def mis_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
     return [n, edges], prompt, [*map(str, range(n))]
 
 
-def mis_value(instance: list, picks: list[int]) -> int:
-    """Number of picks; 0 if an edge joins two of them."""
-    return len(picks) * all(a not in picks or b not in picks for a, b in instance[1])
-
-
-def mis_best(instance: list) -> int:
-    """Size of the largest independent set: maximum of all subsets."""
-    inside = subsets(instance[0])
-    joined = [inside[:, a] & inside[:, b] for a, b in instance[1]]
-    return int((inside.sum(-1) * ~np.any(joined, 0)).max())
+def mis_value(instance: list, picked):
+    """Number of nodes picked; 0 if an edge joins two of them."""
+    joined = sum(picked[a] & picked[b] for a, b in instance[1])
+    return sum(picked) * (joined == 0)
 
 
 def tsp_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
@@ -280,65 +267,69 @@ def tsp_draw(rng: random.Random, n: int) -> tuple[list, str, list[str]]:
     return cities, f"{' '.join(names)}:", names
 
 
-def tsp_value(instance: list, picks: list[int]) -> int:
+def tsp_value(instance: list, order):
     """Length of the closed tour, |dx| + |dy| per leg; 0 if it misses a city."""
-    tour = [instance[i] for i in picks]
-    legs = zip(tour, tour[1:] + tour[:1])
-    length = sum(abs(x - u) + abs(y - v) for (x, y), (u, v) in legs)
-    return length * (len(tour) == len(instance))
+    cities = np.array(instance)
+    distance = np.abs(cities[:, None] - cities).sum(-1)
+    length = sum(distance[order[i - 1], order[i]] for i in range(len(order)))
+    return length * (len(order) == len(cities))
 
 
 @functools.cache
-def tours(n: int) -> np.ndarray:
-    """All closed tours of n cities, each in one direction only, (tours, n): places of
-    their legs in a flattened (n, n) matrix of distances."""
-    orders = itertools.permutations(range(1, n))
-    order = np.array([(0, *order) for order in orders if order[0] <= order[-1]])
-    return order * n + np.roll(order, 1, -1)
-
-
-def tsp_best(instance: list) -> int:
-    """Length of the shortest of all tours."""
-    places = np.array(instance)
-    legs = np.abs(places[:, None] - places).sum(-1)
-    return int(legs.take(tours(len(instance))).sum(-1).min())
+def all_answers(name: str, n: int) -> np.ndarray:
+    """All subsets of n things, (n, 2^n) bool; for "tsp" all closed tours, each in one
+    direction only, (n, tours)."""
+    answers = itertools.product([False, True], repeat=n)
+    if name == "tsp":
+        orders = itertools.permutations(range(1, n))
+        answers = ((0, *order) for order in orders if order[0] <= order[-1])
+    return np.array([*answers]).T
 
 
 NP = {
-    "mis": (mis_draw, mis_value, mis_best),  # maximum independent set
-    "knapsack": (knapsack_draw, knapsack_value, knapsack_best),
-    "tsp": (tsp_draw, tsp_value, tsp_best),  # travelling salesman
+    "mis": (mis_draw, mis_value),  # maximum independent set
+    "knapsack": (knapsack_draw, knapsack_value),
+    "tsp": (tsp_draw, tsp_value),  # travelling salesman
 }
 
 
 def np_problems(name: str, split: str, seed: int, n: int) -> Iterator[Problem]:
-    """Problems of one kind, with random feasible worked answers. The instance, sorted,
-    decides whether it is held out. Not endless: the smallest sizes have too few
-    instances for both splits."""
-    (draw, value, best), rng = NP[name], random.Random(f"{name} {split} {seed}")
+    """Problems of one kind, with random feasible worked answers and the value of the
+    best, by brute force. The instance, sorted, decides whether it is held out. Not
+    endless: the smallest sizes have too few instances for both splits."""
+    draw, value = NP[name]
+    rng = random.Random(f"{name} {split} {seed}")
     for _ in range(40_000):
         instance, prompt, names = draw(rng, n)
-        order, most, picks = rng.sample(range(n), n), rng.randint(1, n), []
-        for i in order:
-            if len(picks) < most and value(instance, [*picks, i]):
-                picks.append(i)
-        picks = order if name == "tsp" else sorted(picks)
+        order, most = rng.sample(range(n), n), rng.randint(1, n)
         held_out = random.Random(str(sorted(prompt[:-1].split()))).random() < 1 / 8
-        if held_out == (split == "eval"):
-            answer = [name, names, instance, best(instance)]
-            yield Problem(prompt, answer, "".join(names[i] for i in picks))
+        if held_out != (split == "eval"):
+            continue
+        values = value(instance, all_answers(name, n))
+        if name == "tsp":
+            best, picks = values.min(), order
+        else:  # what fits, in this order, but no more than `most`
+            picked = [False] * n
+            for i in order:
+                picked[i] = sum(picked) < most
+                picked[i] = picked[i] and value(instance, picked) > 0
+            best, picks = values.max(), [i for i in range(n) if picked[i]]
+        answer = [name, names, instance, int(best)]
+        yield Problem(prompt, answer, "".join(names[i] for i in picks))
 
 
 def np_verify(problem: Problem, completion: str) -> tuple[bool, float, object]:
     """Feasible or not; quality: value / best value (the inverse for a tour), 0 if
     infeasible; what the answer stands for: a set, of tours that of their edges."""
     name, names, instance, best = problem.answer
-    if not re.fullmatch("[0-9]{1,18}", completion):
-        return False, 0.0, None
-    parts, value = re.findall("." * len(names[0]), completion), 0
-    if {*parts} <= {*names} and len({*parts}) == len(completion) / len(names[0]):
-        picks = [names.index(part) for part in parts]
-        value = NP[name][1](instance, picks)
+    value, width = 0, len(names[0])
+    if re.fullmatch("[0-9]{1,18}", completion):
+        parts = [completion[i : i + width] for i in range(0, len(completion), width)]
+        if len({*parts}) == len(parts) and {*parts} <= {*names}:  # known, and once
+            picks = [names.index(part) for part in parts]
+            picked = [i in picks for i in range(len(names))]
+            answer = picks if name == "tsp" else picked
+            value = int(NP[name][1](instance, answer))
     if not value:
         return False, 0.0, None
     if name == "tsp":
@@ -353,10 +344,10 @@ def np_reward(problem: Problem, completion: str) -> float:
     return 0.1 * formatted + np_verify(problem, completion)[1]
 
 
-np_reward.verify = np_verify  # a plug-in's reward may have one too, see evaluate
-SIZES = {"mis": 7, "knapsack": 6, "tsp": 5}
-TASKS = {k: (functools.partial(np_problems, k), np_reward, n) for k, n in SIZES.items()}
-TASKS["countdown"] = countdown_problems, countdown_reward, 3  # 3: default size
+np_reward.verify = np_verify  # a plug-in's reward may have one too, see verdicts
+TASKS["mis"] = functools.partial(np_problems, "mis"), np_reward, 7
+TASKS["knapsack"] = functools.partial(np_problems, "knapsack"), np_reward, 6
+TASKS["tsp"] = functools.partial(np_problems, "tsp"), np_reward, 5
 
 
 def answer_reward(problem: Problem, completion: str) -> float:
@@ -1119,10 +1110,10 @@ def distribution_matching_loss(
     """L_DM (section 3 of the paper, the other divergences apart), a scalar.
 
     logprobs, mask (B, C), whole groups one after another; rewards (B,), raw. groups:
-    the number L_DM is averaged over, all micro-batches and ranks together, so that
-    losses add up (default: the groups here). Fully masked rows are left out of p, q and
-    G; a group without other rows is not counted. Stats: sums over groups of max_i p_i
-    and max_i q_i.
+    the number that L_DM is averaged over, of all micro-batches and ranks together, so
+    that losses add up (default: the groups here). Fully masked rows are left out of p,
+    q and G; a group without other rows is not counted. Stats: max_i p_i and max_i q_i,
+    averaged like L_DM.
     ValueError: group_size < 2, or a reward is not finite.
     """
     if group_size < 2 or not rewards.isfinite().all():
@@ -1130,9 +1121,8 @@ def distribution_matching_loss(
     lengths = mask.sum(-1)
     phi = (logprobs * mask).sum(-1) / lengths.clamp(min=1)
     out, least = (lengths == 0).view(-1, group_size), torch.finfo(phi.dtype).min
-    logits = (rewards / alpha).to(phi).detach(), phi
-    logits = (x.view(-1, group_size).masked_fill(out, least) for x in logits)
-    log_p, log_q = (x.log_softmax(-1) for x in logits)
+    log_shares = lambda x: x.view(out.shape).masked_fill(out, least).log_softmax(-1)
+    log_p, log_q = log_shares((rewards / alpha).to(phi).detach()), log_shares(phi)
     p, q, size = log_p.exp(), log_q.exp(), (~out).sum(-1)  # size: G of each group
     if divergence == "mse":
         each = ((p - q) ** 2).sum(-1) / size.clamp(min=1)
@@ -1142,14 +1132,15 @@ def distribution_matching_loss(
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
         each = (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1) / 2
     there = size > 0
-    groups = there.sum() if groups is None else groups
-    stats = {"p_max": p.amax(-1)[there].sum(), "q_max": q.amax(-1)[there].sum()}
-    return each.sum() / max(groups, 1), stats
+    groups = max(there.sum() if groups is None else groups, 1)
+    maxima = {"p_max": p.amax(-1), "q_max": q.amax(-1)}
+    stats = {name: most[there].sum() / groups for name, most in maxima.items()}
+    return each.sum() / groups, stats
 
 
 def coefficients(loss: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
-    """Sum over completions of |d loss / d phi_i|, for a shift of all log-probs of o_i,
-    whose mean is phi_i. logprobs (B, C)."""
+    """Sum over completions of |d loss / d phi_i|, where phi_i moves all log-probs of
+    o_i, a row of logprobs (B, C), alike."""
     (gradient,) = torch.autograd.grad(loss, logprobs, retain_graph=True)
     return gradient.sum(-1).abs().sum()
 
@@ -1157,9 +1148,8 @@ def coefficients(loss: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
 def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, float]:
     """args.updates_per_batch optimiser steps on one batch; statistics of the last one.
     Rows with zero advantage are skipped (unless the KL or L_DM needs them) but counted
-    in Z. The entropy is over the rows that are not skipped: all with L_DM, else, as in
-    grpo.py, those with an advantage (0 if there are none). With L_DM, micro-batches
-    hold whole groups."""
+    in Z. The entropy is over the rows that are not skipped, 0 if there are none. With
+    L_DM, micro-batches hold whole groups."""
     without_noise(model)
     mask, width = rollout.completion_mask, rollout.completion_mask.shape[1]
     if args.mask_truncated:
@@ -1193,19 +1183,19 @@ def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, 
                     with torch.no_grad(), without_lora(reference, args):
                         ref[rows], _ = token_logprobs(reference, *batch)
             w, A, kl = weights[rows], advantages[rows], torch.zeros_like(z)
-            dm = torch.zeros_like(z)
             loss, stats = policy_loss(logprobs, old[rows], A, w, *clips, z)
             if reference:
                 kl = kl_loss(logprobs, old[rows], ref[rows], w, z)
-            if args.dm_coef:
-                group = logprobs, mask[rows], rollout.rewards[rows], G
-                how = args.dm_temperature, args.dm_divergence, groups
-                dm, maxima = distribution_matching_loss(*group, *how)
-                pulls[1] += coefficients(args.dm_coef * dm, logprobs) / n
-                pulls[2:4] += torch.stack([*maxima.values()]) / groups
-                pulls[4] += dm.detach()
+            total = loss + args.kl_coef * kl
             pulls[0] += coefficients(loss, logprobs) / n
-            (loss + args.kl_coef * kl + args.dm_coef * dm).backward()
+            if args.dm_coef:
+                batch = logprobs, mask[rows], rollout.rewards[rows], G
+                how = args.dm_temperature, args.dm_divergence, groups
+                dm, shares = distribution_matching_loss(*batch, *how)
+                total = total + args.dm_coef * dm
+                pulls[1] += coefficients(args.dm_coef * dm, logprobs) / n
+                pulls[2:] += torch.stack([*shares.values(), dm.detach()])
+            total.backward()
             entropy = (entropy * (w > 0)).sum()
             sums = loss, kl, stats["tokens"], stats["clipped"], entropy
             totals += torch.stack([x.detach() for x in sums])
@@ -1250,53 +1240,52 @@ def best_of(values: list[float], k: int) -> float:
     return sum(math.comb(i, k - 1) * v for i, v in ranked) / math.comb(len(values), k)
 
 
-def verdicts(reward: Callable, problems: list[Problem], texts: list[str]) -> list:
-    """(feasible, quality, answer) of each text by reward.verify, a bool, a finite
-    number and what can be counted: anything else stops the run."""
+def verdicts(reward: Callable, problems: list, texts: list, rewards: list) -> list:
+    """(feasible, quality, answer) of each text: a bool, a finite number and something
+    that can be counted. A reward with a function verify(problem, text) has that say so;
+    else feasible is a reward of 1 or more, quality the reward, the answer the text."""
+    if not hasattr(reward, "verify"):
+        return [(value >= 1, value, text) for value, text in zip(rewards, texts)]
+    judged = []
     with blame("reward.verify failed"):
-        judged = [reward.verify(*pair) for pair in zip(problems, texts)]
-        judged = [(bool(feasible), *rest) for feasible, *rest in judged]
-        for _, quality, answer in judged:
+        for problem, text in zip(problems, texts):
+            feasible, quality, answer = reward.verify(problem, text)
             hash(answer)  # different ones are counted
             if not math.isfinite(quality):
                 raise ValueError(f"{quality} is not a finite number")
+            judged.append((bool(feasible), quality, answer))
     return judged
 
 
 def evaluate(
     model, tokenizer, prompts, problems, reward, args, guard=contextlib.nullcontext
 ) -> dict[str, float]:
-    """Means over the held-out problems, shared by the ranks, of n = eval_samples
-    completions each, always the same noise: share feasible (sr), quality (qr; qr@k: of
-    the best of k), distinct feasible and distinct optimal (quality 1) answers among n,
-    reward; and the entropy of a token, estimated by -log-prob of the samples.
-    reward.verify(problem, completion) -> (feasible, quality, answer), the answer a
-    number, text or tuple, judges; without it feasible is a reward of 1 or more, quality
-    the reward, the answer the text. guard: nothing_lost, for this step."""
+    """Means over the held-out problems, of n = eval_samples completions of each, with
+    the same noise every time: share feasible (sr), quality (qr; qr@k: of the best of
+    k), distinct feasible and distinct optimal (quality 1) answers among the n, reward;
+    and the entropy of a token, estimated by -log-prob of the samples. The ranks split
+    the problems. guard: nothing_lost, for this step."""
     n, mine = args.eval_samples, slice(RANK, None, WORLD_SIZE)
     noise = uniforms(args, 0, len(problems), n)
     posed = [problem for problem in problems[mine] for _ in range(n)]
     with guard():
         rollout = generate(model, tokenizer, prompts[mine], noise, args)
         rewards = score(reward, posed, rollout.texts)
-        pairs = zip(rewards.tolist(), rollout.texts)
-        judged = [(value >= 1, value, text) for value, text in pairs]
-        if hasattr(reward, "verify"):
-            judged = verdicts(reward, posed, rollout.texts)
-    ks, rows = [2**j for j in range(n.bit_length())], []
+        judged = verdicts(reward, posed, rollout.texts, rewards.tolist())
+    rows, ks = [], [2**j for j in range(n.bit_length())]  # 1, 2, 4, ... up to n
     for i in range(0, len(judged), n):
-        group = judged[i : i + n]
-        feasible, quality, _ = zip(*group)
-        distinct = {answer for good, _, answer in group if good}
-        optimal = {answer for good, x, answer in group if good and x >= 1}
-        row = sum(feasible) / n, sum(quality) / n, len(distinct), len(optimal)
-        rows.append([*row, *(best_of(quality, k) for k in ks)])
-    nats, tokens = -rollout.logprobs.sum(), rollout.completion_mask.sum()
-    sums = [*map(math.fsum, zip(*rows)), rewards.sum() / n, nats, tokens]
-    *sums, nats, tokens = all_reduce(torch.tensor(sums, device=args.device)).tolist()
-    names = ["sr", "qr", "distinct_feasible", "distinct_optimal"]
-    names = [*names, *(f"qr@{k}" for k in ks), "reward"]
-    metrics = {f"eval/{name}": x / len(problems) for name, x in zip(names, sums)}
+        feasible, quality, _ = zip(*judged[i : i + n])
+        found = [(answer, x) for good, x, answer in judged[i : i + n] if good]
+        row = {"sr": sum(feasible) / n, "qr": sum(quality) / n}
+        row["distinct_feasible"] = len({answer for answer, _ in found})
+        row["distinct_optimal"] = len({answer for answer, x in found if x >= 1})
+        rows.append(row | {f"qr@{k}": best_of(quality, k) for k in ks})
+    sums = {name: math.fsum(row[name] for row in rows) for name in rows[0]}
+    sums["reward"] = rewards.sum() / n
+    sums |= {"nats": -rollout.logprobs.sum(), "tokens": rollout.completion_mask.sum()}
+    sums_of_all = torch.tensor([*sums.values()], device=args.device)
+    *totals, nats, tokens = all_reduce(sums_of_all).tolist()
+    metrics = {f"eval/{name}": x / len(problems) for name, x in zip(sums, totals)}
     return metrics | {"eval/entropy": nats / tokens}
 
 
@@ -1447,8 +1436,8 @@ def read_flags(default: Args | None = None) -> Args:
 
 def check(args: Args) -> None:
     """Reject invalid flags, and fill in --dtype and --learning-rate."""
-    may_be_0 = ["seed", "warmup_steps", "lora_rank", "kl_coef", "dm_coef"]
-    may_be_0 += ["clip_low", "clip_high"]
+    may_be_0 = "seed", "warmup_steps", "lora_rank", "kl_coef", "clip_low", "clip_high"
+    may_be_0 = *may_be_0, "dm_coef"
     for name, value in vars(args).items():
         number, zero = type(value) in (int, float), value == 0 and name in may_be_0
         if number and not (zero or 0 < value < math.inf):  # nan is neither
@@ -1458,16 +1447,12 @@ def check(args: Args) -> None:
         args.dtype = "bfloat16" if args.device == "cuda" else "float32"
     if args.learning_rate is None:
         args.learning_rate = 3e-4 if args.model == "tiny" else 1e-6
+    cut = args.dm_coef and args.micro_batch_size < args.group_size
+    no_dm = args.dm_coef == 0 and (args.dm_only or args.dm_divergence != "mse")
     for wrong, message in (
         (args.group_size < 2, "--group-size must be 2 or more: A compares completions"),
-        (
-            args.dm_coef and args.micro_batch_size < args.group_size,
-            "--micro-batch-size must be --group-size or more: q compares completions",
-        ),
-        (
-            not args.dm_coef and (args.dm_only or args.dm_divergence != "mse"),
-            "--dm-only and --dm-divergence need a --dm-coef above 0",
-        ),
+        (cut, "--micro-batch-size must be --group-size or more: q needs whole groups"),
+        (no_dm, "--dm-only and --dm-divergence need a --dm-coef above 0"),
         (args.dm_only and args.kl_coef, "--dm-only has no KL: leave --kl-coef out"),
         (args.eval_data and not args.data, "--eval-data needs --data"),
         (args.data and args.task != Args.task, "--data or --task: a task.py has both"),

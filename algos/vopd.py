@@ -83,9 +83,8 @@ from tokenizers import Tokenizer, decoders, models
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-OWN = (  # names whose code may differ from their namesakes in other scripts
-    "CURVE", "to_problem", "read_problems", "update", "evaluate", "check", "describe",
-)  # fmt: skip
+# names whose code may differ from their namesakes in other scripts
+OWN = "CURVE", "to_problem", "read_problems", "update", "evaluate", "check", "describe"
 CURVE = "eval/pass@.*|eval/reverse_kl"  # metrics that curve.png shows
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -102,15 +101,15 @@ class Args:
     run_dir: str = ""  # folder of the run (default: runs/vopd/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue; its saved flags apply
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # for matrix products
     model: str = "tiny"  # student: tiny (built in), a local folder or a hub name
     tiny_steps: int = 500  # warm-start steps of tiny, on 64 worked answers each
     teacher: str = ""  # a folder or a hub name (default for a tiny student: built in)
     teacher_steps: int = 1500  # training steps of the built-in teacher, on 64 answers
     task: str = "countdown"  # countdown, countdown-4 (four numbers), ... or a task.py
-    data: str = ""  # JSONL file of {"prompt": ...} (answer optional), not with --task
+    data: str = ""  # JSONL file of {"prompt": ...} (answer optional), instead of --task
     eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)
-    estimator: Literal[ESTIMATORS] = "vopd"  # of KL's gradient; topk, clip: biased
+    estimator: Literal[ESTIMATORS] = "vopd"  # of the KL's gradient; topk, clip: biased
     top_k: int = 100  # tokens in the KL of vopd-topk and topk (at most V)
     clip_lambda: float = 0.1  # lam of clip, between 0 and 1
     prompts_per_step: int = 256  # prompts in a batch, over all ranks
@@ -123,7 +122,7 @@ class Args:
     decay_steps: int = 100  # after n x this, the rate is 1 / (1 + n) of its start
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     micro_batch_size: int = 64  # completions in one forward and backward pass
-    rollout_batch_size: int = 512  # completions decoded side by side
+    rollout_batch_size: int = 512  # completions sampled in one batch
     lora_rank: int = 0  # train adapters of this rank (needs peft); 0: all weights
     gradient_checkpointing: bool = False  # recompute activations to save memory
     mask_truncated: bool = False  # leave cut-off completions out of the loss
@@ -254,10 +253,11 @@ def to_problem(item: Problem | dict) -> Problem:
     """A line of --data, or what a task.py yields, as a Problem. An answer that is
     missing or blank is None."""
     item = item._asdict() if isinstance(item, tuple) else item
-    prompt, answer, solution = map(item.get, ("prompt", "answer", "solution"))
+    prompt, solution = item["prompt"], item.get("solution")
     check_prompt(prompt)
     solution = "" if solution is None else str(solution)
     f"{prompt}{solution}".encode()  # half a character is an error
+    answer = item.get("answer")
     return Problem(prompt, None if str(answer).strip() == "" else answer, solution)
 
 
@@ -494,53 +494,16 @@ def load_teacher(problems: list[Problem], args: Args) -> tuple:
     longer and, if the task is built in, on more problems."""
     name = args.teacher
     if not name:
-        for k in () if args.data or args.task.endswith(".py") else (1000, 2000, 3000):
-            more = dataclasses.replace(args, seed=args.seed + k)
-            problems = problems + load_task(more)[0]  # seeds do not mix the splits
+        if not args.data and not args.task.endswith(".py"):
+            for k in 1000, 2000, 3000:
+                more = dataclasses.replace(args, seed=args.seed + k)
+                problems = problems + load_task(more)[0]  # never held-out ones
         name = tiny_model(problems, args.seed, steps=args.teacher_steps, width=128)
     teacher, tokenizer = load_model(name, dataclasses.replace(args, device="cpu"))
-    for weight in teacher.requires_grad_(False).parameters():
-        weight.data = weight.data.to(getattr(torch, args.dtype))  # not RoPE's buffers
+    teacher.requires_grad_(False)
+    for weight in teacher.parameters():  # not the buffers: RoPE needs fp32
+        weight.data = weight.data.to(getattr(torch, args.dtype))
     return teacher, tokenizer
-
-
-class SharedTeacher:
-    """A teacher that shares the weights of a student with adapters (--lora-rank), not a
-    second model: they are run with the teacher's own adapter or with none."""
-
-    def __init__(self, student, adapter: str):  # its folder; "" for none
-        self.student, self.adapter = student, adapter
-        if adapter:
-            logs = transformers.utils.logging
-            level = logs.get_verbosity()
-            logs.set_verbosity_error()  # it calls the student's own adapter missing
-            student.load_adapter(adapter, "teacher")
-            logs.set_verbosity(level)
-            for module in student.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
-            student.set_adapter("default")
-
-    def __getattr__(self, name: str):
-        return getattr(self.student, name)
-
-    def __call__(self, *args, **kwargs):
-        return self.switched(self.student, *args, **kwargs)
-
-    def base_model(self, *args, **kwargs):
-        return self.switched(self.student.base_model, *args, **kwargs)
-
-    def switched(self, part, *args, **kwargs):
-        """part(...) as the teacher; then the student's adapter is on again."""
-        if self.adapter:
-            self.student.set_adapter("teacher")
-        else:
-            self.student.disable_adapters()
-        try:
-            return part(*args, **kwargs)
-        finally:
-            self.student.enable_adapters()
-            self.student.set_adapter("default")
 
 
 def same_vocabulary(model, tokenizer, teacher, teacher_tokenizer) -> None:
@@ -549,28 +512,36 @@ def same_vocabulary(model, tokenizer, teacher, teacher_tokenizer) -> None:
     probability. The student takes over the teacher's EOS: it would learn never to emit
     another one."""
     ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-    for token in sorted(ours.keys() | theirs.keys(), key=str) if ours != theirs else ():
-        if ours.get(token) != theirs.get(token):
-            ids = f"is {ours.get(token)} for the student, {theirs.get(token)} for the"
-            fail(
-                f"the vocabularies differ: {token!r} {ids} teacher; both must be equal"
-            )
+    if ours != theirs:
+        token, _ = min(ours.items() ^ theirs.items(), key=str)
+        ids = f"{ours.get(token)} for the student, {theirs.get(token)} for the teacher"
+        fail(f"the vocabularies must be equal, but the id of {token!r} is {ids}")
     size = max(ours.values()) + 1
     for who, part in (("student", model), ("teacher", teacher)):
-        rows = part.get_output_embeddings().weight.shape[0]
+        config, rows = part.config, len(part.get_output_embeddings().weight)
         if rows < size:
             fail(f"the {who} has {rows} logits, fewer than the {size} tokens")
-        padded = part.config.vocab_size
+        padded = config.vocab_size
         part.resize_token_embeddings(size)
         if part._hf_peft_config_loaded:  # an adapter goes with the base as it was
-            part.config.vocab_size = padded
-        elif (part.config.pad_token_id or 0) >= size:  # cannot be loaded again
-            part.config.pad_token_id = None
+            config.vocab_size = padded
+        elif (config.pad_token_id or 0) >= size:  # cannot be loaded again
+            config.pad_token_id = None
     tokenizer.eos_token = teacher_tokenizer.eos_token
     stops = stop_ids(teacher, teacher_tokenizer)
     for config in (model.config, model.generation_config):
         config.eos_token_id = stops if len(stops) > 1 else stops[0]
     model.generation_config.do_sample = True  # a top_p there cannot be saved without
+
+
+def share_weights(teacher, model) -> None:
+    """Let a teacher with the same base as the student (--lora-rank) use the student's
+    frozen weights instead of a copy of them. Each keeps its own adapter, or none."""
+    bare = lambda name: name.replace(".base_layer", "")  # a name without adapters
+    frozen = {bare(name): weight for name, weight in model.named_parameters()}
+    for name, weight in teacher.named_parameters():
+        if "lora_" not in name:
+            weight.data = frozen[bare(name)].data
 
 
 def add_lora(model, args: Args) -> None:
@@ -1020,20 +991,22 @@ def distill_advantages(
     student_logits, teacher_logits (B, C, V), divided by their temperatures; tokens
     (B, C), drawn from the student. ValueError: there is no such estimator.
     """
+    batch = student_logits, teacher_logits
     r = logprob(teacher_logits, tokens) - logprob(student_logits, tokens)
     if estimator == "sampled":  # unbiased: E[r grad log p] = -grad KL(p || q); noisy
         return r, -r
     if estimator == "clip":  # biased: what the teacher rejects counts too little
         return r.clamp(min=math.log(clip_lambda) / (1 - clip_lambda)), -r
-    kl = reverse_kl(student_logits, teacher_logits, top_k * ("topk" in estimator))
     if estimator == "vopd":  # a = r - V; unbiased: E[KL grad log p] = KL grad 1 = 0
+        kl = reverse_kl(*batch)
         return r + kl, kl
     if estimator == "vopd-topk":  # unbiased too: y has no part in this KL either
+        kl = reverse_kl(*batch, top_k)
         return r + kl, kl
     if estimator == "full":  # no action, no noise: distill_loss differentiates the KL
-        return torch.zeros_like(r), kl
+        return torch.zeros_like(r), reverse_kl(*batch)
     if estimator == "topk":  # biased: mass moves inside the k, never in or out
-        return torch.zeros_like(r), kl
+        return torch.zeros_like(r), reverse_kl(*batch, top_k)
     raise ValueError(f"no estimator {estimator!r}")
 
 
@@ -1049,14 +1022,15 @@ def distill_loss(
     """
     batch = student_logits, teacher_logits.detach()
     log_p = logprob(student_logits, tokens)
-    if estimator in ("full", "topk"):
-        losses = reverse_kl(*batch, top_k * (estimator == "topk"))
-        kl = losses.detach()
+    if estimator == "full":
+        losses = kl = reverse_kl(*batch)
+    elif estimator == "topk":
+        losses = kl = reverse_kl(*batch, top_k)
     else:
         A, kl = distill_advantages(*batch, tokens, estimator, top_k, clip_lambda)
         losses = -A * log_p
     loss = (losses * mask).sum() / max(denominator, 1)
-    stats = {"tokens": mask.sum(), "reverse_kl": (kl * mask).sum()}
+    stats = {"tokens": mask.sum(), "reverse_kl": (kl.detach() * mask).sum()}
     return loss, stats | {"logprobs": log_p.detach()}
 
 
@@ -1068,19 +1042,18 @@ def scaled_logits(head, hidden, temperature: float) -> torch.Tensor:
 
 
 def distill(model, teacher, rollout, mask, z, args, most=2**28) -> tuple:
-    """Sums (4,) over the tokens in mask (B, C): loss, reverse KL, tokens and the gaps
-    |delta log p| between scored and sampled log-probs; and the largest gap. If
-    gradients are on, they are added to those of the weights.
+    """Sums (4,) over the tokens in mask (B, C): loss, reverse KL, tokens, and gaps
+    |delta log p| between scored and sampled log-probs; and the largest gap. Gradients
+    of the loss, if they are on, are added to those of the weights.
 
     No (B, C, V) tensor exists for either model: a chunk with about `most` bytes of
     logits is finished, backward pass included, before the next one is made.
     """
-    totals, width = torch.zeros(4, device=mask.device), mask.shape[1]
     z = float(z)  # a tensor would be waited for at every chunk
-    worst = torch.zeros((), device=mask.device)
-    head, teacher_head = (x.get_output_embeddings() for x in (model, teacher))
-    T, teacher_T = args.temperature, args.teacher_temperature
-    n = most // (2 if args.dtype == "bfloat16" else 4) // head.weight.shape[0] + 1
+    totals, worst = torch.zeros(4, device=mask.device), mask.new_zeros(())
+    p_head, q_head = (x.get_output_embeddings() for x in (model, teacher))
+    size = 2 if args.dtype == "bfloat16" else 4  # bytes of a logit
+    n, width = most // size // len(p_head.weight) + 1, mask.shape[1]
     live = mask.any(-1).nonzero()[:, 0]
     live = live[mask[live].sum(-1).argsort(stable=True)]  # similar lengths together
     for rows in live.split(args.micro_batch_size) if len(live) else ():
@@ -1089,23 +1062,23 @@ def distill(model, teacher, rollout, mask, z, args, most=2**28) -> tuple:
         with autocast(args):
             hidden, scored = last_hidden(model, *batch)
             with torch.no_grad():
-                teacher_hidden, _ = last_hidden(teacher, *batch)
-        leaf = hidden.detach().requires_grad_(hidden.requires_grad)
-        parts = tokens[:, -width:][scored], mask[rows][scored]
-        parts = leaf, teacher_hidden, *parts, rollout.logprobs[rows][scored]
-        for h, teacher_h, y, m, old in zip(*(x.split(n) for x in parts)):
+                q_hidden, _ = last_hidden(teacher, *batch)
+        p_hidden = hidden.detach().requires_grad_(hidden.requires_grad)
+        parts = tokens[:, -width:], mask[rows], rollout.logprobs[rows]
+        parts = p_hidden, q_hidden, *(x[scored] for x in parts)
+        for p_h, q_h, y, m, sampled in zip(*(x.split(n) for x in parts)):
             with autocast(args):
-                logits = scaled_logits(head, h, T)
-                theirs = scaled_logits(teacher_head, teacher_h, teacher_T)
-            batch = logits.float(), theirs.float(), y, m, args.estimator, args.top_k
-            loss, stats = distill_loss(*batch, z, args.clip_lambda)
+                p_logits = scaled_logits(p_head, p_h, args.temperature)
+                q_logits = scaled_logits(q_head, q_h, args.teacher_temperature)
+            batch = p_logits.float(), q_logits.float(), y, m, args.estimator
+            loss, stats = distill_loss(*batch, args.top_k, z, args.clip_lambda)
             if loss.requires_grad:
                 loss.backward()
-            gaps = (stats["logprobs"] - old).abs() * m
+            gaps = (stats["logprobs"] - sampled).abs() * m
             sums = loss.detach(), stats["reverse_kl"], stats["tokens"], gaps.sum()
             totals, worst = totals + torch.stack(sums), worst.maximum(gaps.max())
         if hidden.requires_grad:
-            hidden.backward(leaf.grad)
+            hidden.backward(p_hidden.grad)
     return totals, worst
 
 
@@ -1116,7 +1089,8 @@ def update(model, teacher, optimizer, rollout, args) -> dict[str, float]:
     mask = rollout.completion_mask
     if args.mask_truncated:
         mask = mask * ~rollout.truncated[:, None]
-    sums, worst = distill(model, teacher, rollout, mask, all_reduce(mask.sum()), args)
+    z = all_reduce(mask.sum())
+    sums, worst = distill(model, teacher, rollout, mask, z, args)
     norm, change = optimizer_step(model, optimizer, args.max_grad_norm)
     loss, kl, tokens, gap = all_reduce(sums).tolist()
     tokens, worst = max(tokens, 1.0), all_reduce(worst, "MAX").item()
@@ -1167,16 +1141,17 @@ def evaluate(
     with guard(), torch.no_grad():
         rollout = generate(model, tokenizer, prompts[mine], noise, args)
         sums, _ = distill(model, teacher, rollout, rollout.completion_mask, 1, exact)
-        rewards = score(reward, posed, rollout.texts) if reward else None
+        if reward:
+            rewards = score(reward, posed, rollout.texts)
     _, kl, tokens, _ = all_reduce(sums).tolist()
     metrics = {"eval/reverse_kl": kl / tokens}
-    if reward:
-        right = (rewards.view(-1, n) >= 1).sum(-1).tolist()
-        sums = [sum(pass_at_k(n, c, k) for c in right) for k in (1, n)]
-        sums = all_reduce(torch.tensor([*sums, rewards.sum() / n], device=args.device))
-        names = "eval/pass@1", f"eval/pass@{n}", "eval/reward"
-        metrics |= dict(zip(names, (sums / len(problems)).tolist()))
-    return metrics
+    if not reward:
+        return metrics
+    right = (rewards.view(-1, n) >= 1).sum(-1).tolist()
+    sums = [sum(pass_at_k(n, c, k) for c in right) for k in (1, n)]
+    sums = all_reduce(torch.tensor([*sums, rewards.sum() / n], device=args.device))
+    names = "eval/pass@1", f"eval/pass@{n}", "eval/reward"
+    return metrics | dict(zip(names, (sums / len(problems)).tolist()))
 
 
 # ----------------------------------- Run folder ---------------------------------------
@@ -1389,8 +1364,8 @@ def parse_args() -> Args:
 def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, float]:
     """Metrics of a rollout (means over the ranks), of time and of memory."""
     lengths = rollout.completion_mask.sum(-1)
-    means = rollout.rewards, rollout.truncated.float(), lengths
-    means = all_reduce(torch.stack([x.mean() for x in means])) / WORLD_SIZE
+    means = rollout.rewards.mean(), rollout.truncated.float().mean(), lengths.mean()
+    means = all_reduce(torch.stack(means)) / WORLD_SIZE
     names = "reward_mean", "truncated_share", "completion_length"
     metrics = dict(zip(names, means.tolist()))
     names = "seconds_rollout", "seconds_score", "seconds_update"
@@ -1439,12 +1414,10 @@ def train(args: Args) -> int:
     kl = math.nan
     model, tokenizer = load_model(str(last) if args.resume else name, args)
     add_lora(model, args)
-    if args.lora_rank and teacher.name_or_path == model.name_or_path:
-        own = args.teacher if teacher._hf_peft_config_loaded else ""
-        teacher = SharedTeacher(model, own)
-    else:
-        teacher.to(args.device)
     same_vocabulary(model, tokenizer, teacher, teacher_tokenizer)
+    if args.lora_rank and teacher.name_or_path == model.name_or_path:
+        share_weights(teacher, model)
+    teacher.to(args.device)
     longest = min(map(context_length, (model, teacher))) - args.max_new_tokens
     rows = len(model.get_input_embeddings().weight)
     prompts = encode_prompts(tokenizer, problems, longest, rows)
@@ -1496,10 +1469,10 @@ def train(args: Args) -> int:
             metrics |= evaluate(model, *task, guard)
             kl = metrics["eval/reverse_kl"]
         stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0
+        write_logs(args, metrics, sample)
         shown = {"reverse_kl": metrics["reverse_kl"], "held out": kl}
         shown |= {"tokens/s": round(metrics["tokens_per_second"])}
         bar.set_postfix(shown, GB=metrics["peak_memory_gb"])
-        write_logs(args, metrics, sample)
         if step == 1 and RANK == 0:
             tqdm.write(f"first completion: {rollout.texts[0]!r}")
             tqdm.write("a loss near 0 is normal: watch reverse_kl")
