@@ -107,7 +107,7 @@ class Args:
     eval_data: str = ""  # JSONL file to evaluate on (default: a tenth of --data)
     prompts_per_step: int = 32  # prompts in a batch, over all ranks
     group_size: int = 8  # completions of each prompt (G)
-    max_new_tokens: int = 24  # length at which a completion is cut off
+    max_new_tokens: int = 24  # tokens at which a completion is cut off
     temperature: float = 1.0  # for sampling, and for every log-prob
     learning_rate: float | None = None  # default: 3e-4 for tiny, 1e-6 for other models
     warmup_steps: int = 10  # steps over which the learning rate rises
@@ -377,6 +377,8 @@ def check_prompt(prompt) -> None:
 def to_problem(item: Problem | dict) -> Problem:
     """A line of --data, or what a task.py yields, as a Problem."""
     item = item._asdict() if isinstance(item, tuple) else item
+    if not (isinstance(item, dict) and {"prompt", "answer"} <= item.keys()):
+        raise ValueError("it is no object with a prompt and an answer")
     prompt, solution = item["prompt"], item.get("solution")
     check_prompt(prompt)
     solution = "" if solution is None else str(solution)
@@ -416,7 +418,7 @@ def read_problems(file: str, source, most: int, args: Args) -> list[Problem]:
     with blame(f"{file}: its problems failed"):
         items = [*itertools.islice(source, None if args.data else most)]
     for i, item in enumerate(items, 1):
-        with blame(f"{file}, line {i}: no object with prompt and answer"):
+        with blame(f"{file}, line {i}"):
             if args.data and not item.strip():
                 continue
             problem = to_problem(json.loads(item) if args.data else item)

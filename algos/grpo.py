@@ -242,6 +242,8 @@ def check_prompt(prompt) -> None:
 def to_problem(item: Problem | dict) -> Problem:
     """A line of --data, or what a task.py yields, as a Problem."""
     item = item._asdict() if isinstance(item, tuple) else item
+    if not (isinstance(item, dict) and {"prompt", "answer"} <= item.keys()):
+        raise ValueError("it is no object with a prompt and an answer")
     prompt, solution = item["prompt"], item.get("solution")
     check_prompt(prompt)
     solution = "" if solution is None else str(solution)
@@ -281,7 +283,7 @@ def read_problems(file: str, source, most: int, args: Args) -> list[Problem]:
     with blame(f"{file}: its problems failed"):
         items = [*itertools.islice(source, None if args.data else most)]
     for i, item in enumerate(items, 1):
-        with blame(f"{file}, line {i}: no object with prompt and answer"):
+        with blame(f"{file}, line {i}"):
             if args.data and not item.strip():
                 continue
             problem = to_problem(json.loads(item) if args.data else item)

@@ -114,7 +114,7 @@ class Args:
     clip_lambda: float = 0.1  # lam of clip, between 0 and 1
     prompts_per_step: int = 256  # prompts in a batch, over all ranks
     group_size: int = 1  # completions of each prompt
-    max_new_tokens: int = 24  # length at which a completion is cut off
+    max_new_tokens: int = 24  # tokens at which a completion is cut off
     temperature: float = 1.0  # for sampling, and for every log-prob of the student
     teacher_temperature: float = 1.0  # divides the teacher's logits
     learning_rate: float | None = None  # initial; default: 1e-3 for tiny, else 1e-5
@@ -128,7 +128,7 @@ class Args:
     mask_truncated: bool = False  # leave cut-off completions out of the loss
     eval_every: int = 100  # steps between evaluations
     eval_prompts: int = 128  # held-out problems in an evaluation
-    eval_samples: int = 8  # completions per evaluation problem
+    eval_samples: int = 8  # completions per evaluation problem, the k of pass@k
     save_every: int = 50  # steps between checkpoints
     track: bool = False  # mirror the metrics to Weights & Biases
     wandb_project: str = "onefile-rl"  # Weights & Biases project
@@ -253,10 +253,12 @@ def to_problem(item: Problem | dict) -> Problem:
     """A line of --data, or what a task.py yields, as a Problem. An answer that is
     missing or blank is None."""
     item = item._asdict() if isinstance(item, tuple) else item
+    if not (isinstance(item, dict) and "prompt" in item):
+        raise ValueError("it is no object with a prompt")
     prompt, solution = item["prompt"], item.get("solution")
     check_prompt(prompt)
     solution = "" if solution is None else str(solution)
-    f"{prompt}{solution}".encode()  # half a character is an error
+    f"{prompt}{solution}".encode()  # ValueError: half a character
     answer = item.get("answer")
     return Problem(prompt, None if str(answer).strip() == "" else answer, solution)
 
@@ -293,7 +295,7 @@ def read_problems(file: str, source, most: int, args: Args) -> list[Problem]:
     with blame(f"{file}: its problems failed"):
         items = [*itertools.islice(source, None if args.data else most)]
     for i, item in enumerate(items, 1):
-        with blame(f"{file}, line {i}: no object with a prompt"):
+        with blame(f"{file}, line {i}"):
             if args.data and not item.strip():
                 continue
             problems.append(to_problem(json.loads(item) if args.data else item))

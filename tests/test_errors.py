@@ -145,13 +145,14 @@ def test_bad_line_of_data_is_skipped_or_blamed_on_another(refused, tmp_path, fla
     lines = [json.dumps(LINE | {"prompt": f"{i}+1="}) for i in range(30)]
     (tmp_path / "good.jsonl").write_text("\n".join(lines))
     first = ("--data", "good.jsonl") if flag == "--eval-data" else ()
+    missing = "no object with a prompt and an answer"
     for wrong, reason in (
         ('{"prompt": "1+1="', "delimiter"),
-        ('{"prompt": "1+1="}', "'answer'"),
-        ('{"answer": "2"}', "'prompt'"),
-        ('["1+1=", "2"]', ""),
-        ("12", ""),
-        ("null", ""),
+        ('{"prompt": "1+1="}', missing),
+        ('{"answer": "2"}', missing),
+        ('["1+1=", "2"]', missing),
+        ("12", missing),
+        ("null", missing),
     ):
         (tmp_path / "bad.jsonl").write_text("\n".join([*lines[:6], wrong, *lines[7:]]))
         refused(*first, flag, "bad.jsonl", words=("bad.jsonl", "line 7", reason))
@@ -205,7 +206,10 @@ PLUGINS = {
         .replace("        return {", "    {"),
         "task.py",
     ),
-    "problem without answer": (PLUGIN.replace('"answer"', '"target"'), "'answer'"),
+    "problem without answer": (
+        PLUGIN.replace('"answer"', '"target"'),
+        "no object with a prompt and an answer",
+    ),
     "reward of None": (PLUGIN.replace("return sum", "sum"), "reward"),
     "reward of text": (PLUGIN.replace("return sum", 'return "1" or sum'), "reward"),
     "reward of nan": (
