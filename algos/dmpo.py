@@ -1269,11 +1269,11 @@ def evaluate(
     the problems. guard: nothing_lost, for this step."""
     n, mine = args.eval_samples, slice(RANK, None, WORLD_SIZE)
     noise = uniforms(args, 0, len(problems), n)
-    posed = [problem for problem in problems[mine] for _ in range(n)]
+    repeated = [problem for problem in problems[mine] for _ in range(n)]
     with guard():
         rollout = generate(model, tokenizer, prompts[mine], noise, args)
-        rewards = score(reward, posed, rollout.texts)
-        judged = verdicts(reward, posed, rollout.texts, rewards.tolist())
+        rewards = score(reward, repeated, rollout.texts)
+        judged = verdicts(reward, repeated, rollout.texts, rewards.tolist())
     rows, ks = [], [2**j for j in range(n.bit_length())]  # 1, 2, 4, ... up to n
     for i in range(0, len(judged), n):
         feasible, quality, _ = zip(*judged[i : i + n])
@@ -1590,12 +1590,13 @@ def train(args: Args) -> int:
     for step in bar:
         clock = [time.perf_counter()]
         batch = batch_indices(len(problems), step, args)
-        asked, noise = [prompts[i] for i in batch], uniforms(args, step, n, group_size)
-        posed = [problems[i] for i in batch for _ in range(group_size)]
+        batch_prompts = [prompts[i] for i in batch]
+        noise = uniforms(args, step, n, group_size)
+        repeated = [problems[i] for i in batch for _ in range(group_size)]
         with nothing_lost(args, step - 1, parts):
-            rollout = generate(model, tokenizer, asked, noise, args)
+            rollout = generate(model, tokenizer, batch_prompts, noise, args)
             clock.append(time.perf_counter())
-            rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
+            rollout.rewards = score(reward, repeated, rollout.texts).to(args.device)
         advantages = group_advantages(rollout.rewards, group_size, args.advantage_scale)
         clock.append(time.perf_counter())
         warm = min(1.0, step / max(args.warmup_steps, 1))

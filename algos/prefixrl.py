@@ -1047,8 +1047,8 @@ def attempts(
     noise = uniforms(args, 10**9 + number, len(exercises), samples)  # no step's noise
     if mine:
         rollout = complete(model, tokenizer, mine, noise, args)
-        posed = [x.problem for x in mine for _ in range(samples)]
-        right = score(reward, posed, rollout.texts) >= 1
+        repeated = [x.problem for x in mine for _ in range(samples)]
+        right = score(reward, repeated, rollout.texts) >= 1
         rows, logprobs = answer_ids(rollout, mine), rollout.logprobs.sum(-1).tolist()
         for i, exercise in enumerate(mine):
             own = range(i * samples, (i + 1) * samples)
@@ -1470,10 +1470,10 @@ def evaluate(
     exercises. guard: nothing_lost, for this step."""
     n, mine = args.eval_samples, exercises[RANK::WORLD_SIZE]
     noise = uniforms(args, 0, len(exercises), n)
-    posed = [x.problem for x in mine for _ in range(n)]
+    repeated = [x.problem for x in mine for _ in range(n)]
     with guard():
         rollout = complete(model, tokenizer, mine, noise, args)
-        rewards = score(reward, posed, rollout.texts)
+        rewards = score(reward, repeated, rollout.texts)
     right = (rewards.view(-1, n) >= 1).sum(-1).tolist()
     sums = [sum(pass_at_k(n, c, k) for c in right) for k in (1, n)]
     sums = all_reduce(torch.tensor([*sums, rewards.sum() / n], device=args.device))
@@ -1865,11 +1865,11 @@ def train(args: Args) -> int:
         clock = [time.perf_counter()]
         batch = draw_batch(prefixed, hard, step, args)
         noise = uniforms(args, step, n, group_size)
-        posed = [x.problem for x in batch for _ in range(group_size)]
+        repeated = [x.problem for x in batch for _ in range(group_size)]
         with nothing_lost(args, step - 1, parts):
             rollout, weights, read = sample_batch(model, tokenizer, batch, noise, args)
             clock.append(time.perf_counter())
-            rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
+            rollout.rewards = score(reward, repeated, rollout.texts).to(args.device)
         advantages = group_advantages(rollout.rewards, group_size, args.advantage_scale)
         advantages = advantages * weights
         clock.append(time.perf_counter())

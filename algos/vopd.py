@@ -1138,13 +1138,13 @@ def evaluate(
     nothing_lost, for this step."""
     n, mine = args.eval_samples, slice(RANK, None, WORLD_SIZE)
     noise = uniforms(args, 0, len(problems), n)
-    posed = [problem for problem in problems[mine] for _ in range(n)]
+    repeated = [problem for problem in problems[mine] for _ in range(n)]
     exact = dataclasses.replace(args, estimator="full")
     with guard(), torch.no_grad():
         rollout = generate(model, tokenizer, prompts[mine], noise, args)
         sums, _ = distill(model, teacher, rollout, rollout.completion_mask, 1, exact)
         if reward:
-            rewards = score(reward, posed, rollout.texts)
+            rewards = score(reward, repeated, rollout.texts)
     _, kl, tokens, _ = all_reduce(sums).tolist()
     metrics = {"eval/reverse_kl": kl / tokens}
     if not reward:
@@ -1446,13 +1446,14 @@ def train(args: Args) -> int:
     for step in bar:
         clock = [time.perf_counter()]
         batch = batch_indices(len(problems), step, args)
-        asked, noise = [prompts[i] for i in batch], uniforms(args, step, n, group_size)
-        posed = [problems[i] for i in batch for _ in range(group_size)]
+        batch_prompts = [prompts[i] for i in batch]
+        noise = uniforms(args, step, n, group_size)
+        repeated = [problems[i] for i in batch for _ in range(group_size)]
         with nothing_lost(args, step - 1, parts):
-            rollout = generate(model, tokenizer, asked, noise, args)
+            rollout = generate(model, tokenizer, batch_prompts, noise, args)
             clock.append(time.perf_counter())
             if reward:  # for the logs only
-                rollout.rewards = score(reward, posed, rollout.texts).to(args.device)
+                rollout.rewards = score(reward, repeated, rollout.texts).to(args.device)
         clock.append(time.perf_counter())
         warm = min(1.0, step / max(args.warmup_steps, 1))
         rate = args.learning_rate * warm / (1 + step / args.decay_steps)
