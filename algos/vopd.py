@@ -84,7 +84,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 # names whose code may differ from their namesakes in other scripts
-OWN = "CURVE", "to_problem", "read_problems", "update", "evaluate", "check", "describe"
+OWN = (
+    "CURVE", "to_problem", "read_problems", "update", "evaluate", "check", "describe",
+    "print_table",
+)  # fmt: skip
 CURVE = "eval/pass@.*|eval/reverse_kl"  # metrics that curve.png shows
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -1398,6 +1401,17 @@ def batch_indices(count: int, step: int, args: Args) -> np.ndarray:
     return order[place * n : (place + 1) * n][RANK::WORLD_SIZE]
 
 
+def print_table(run_dir: Path) -> None:
+    """Evaluations of the student, at the start and at the end, and of the teacher."""
+    logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    print(f"{'':16} student before  student after   teacher")
+    for name in [name for name in logs[0] if "/teacher_" in name]:
+        own = name.replace("teacher_", "")
+        before, after, teacher = logs[0][own], logs[-1][own], logs[0][name]
+        print(f"{own:16} {before:14.3f} {after:14.3f} {teacher:9.3f}")
+    print(f"run folder: {run_dir}")
+
+
 def train(args: Args) -> int:
     """Sample, let the teacher score, update, log; evaluate and save now and then."""
     transformers.utils.logging.disable_progress_bar()
@@ -1487,13 +1501,7 @@ def train(args: Args) -> int:
                 print(f"stopped after step {step}; to continue: --resume {run_dir}")
             return 130
     if RANK == 0:
-        logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-        print(f"{'':16} student before  student after   teacher")
-        pairs = [(x.replace("/teacher_", "/"), x) for x in logs[0] if "/teacher_" in x]
-        for name, best in pairs:
-            print(f"{name:16} {logs[0][name]:14.3f} {logs[-1][name]:14.3f}", end="")
-            print(f" {logs[0][best]:9.3f}")
-        print(f"run folder: {run_dir}")
+        print_table(run_dir)
     return 0
 
 
