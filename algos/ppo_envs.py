@@ -479,10 +479,12 @@ def in_pieces(function: Callable, *tensors: torch.Tensor) -> torch.Tensor | tupl
 def mlp(x: torch.Tensor, weights: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     """Outputs (B, sizes[-1]) of a network for x (B, sizes[0]). weights (P,) holds each
     layer's matrix and bias, one layer after another; between layers is tanh."""
-    for n, m in itertools.pairwise(sizes):
-        matrix, bias, weights = weights.tensor_split([n * m, n * m + m])
-        x = torch.addmm(bias, x, matrix.view(n, m))
-        if len(weights):
+    counts = [count for n, m in itertools.pairwise(sizes) for count in (n * m, m)]
+    parts = weights.split(counts)
+    while parts:
+        matrix, bias, *parts = parts
+        x = torch.addmm(bias, x, matrix.view(-1, len(bias)))
+        if parts:
             x = 2 * torch.sigmoid(2 * x) - 1  # tanh, twice as fast when compiled
     return x
 
