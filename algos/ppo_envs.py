@@ -31,8 +31,7 @@ one. Breakout has MinAtar's sticky actions, only the actions with an effect and 
 1,000 steps. The state of gym:<id> is not saved: --resume begins new episodes there.
 Evaluation episodes of gym:<id> and gymnax:<id> are cut after 10,000 steps. Under
 torchrun each rank has a share of the environments and of each minibatch; random draws
-depend on seed and step alone, so the number of ranks changes the speed but not the
-result.
+depend on seed and step alone: the number of ranks changes the speed, not the result.
 
     python algos/ppo_envs.py
     python algos/ppo_envs.py --num-envs 1048576 --rollout-length 8 --steps 3
@@ -328,8 +327,7 @@ def open_gym(name: str, num_envs: int, mine: slice) -> tuple:
 
     places = range(num_envs)[mine]
     same_step = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
-    kwargs = dict(vectorization_mode="sync", vector_kwargs=same_step)
-    env = gymnasium.make_vec(name, len(places), **kwargs)
+    env = gymnasium.make_vec(name, len(places), "sync", vector_kwargs=same_step)
 
     def reset(seed):
         obs, _ = env.reset(seed=seed + places[0])  # that of the first environment
@@ -411,12 +409,11 @@ class OtherEnv:
 
 def make_env(args: Args, num_envs: int, mine=slice(None)) -> TensorEnv | OtherEnv:
     """The `mine` part of num_envs environments of kind --env; call reset() first."""
+    if args.env in BUILT_IN:
+        return TensorEnv(args, num_envs, mine)
     if args.env.startswith(("gym:", "gymnax:")):
         return OtherEnv(args, num_envs, mine)
-    if args.env not in BUILT_IN:
-        known = f"{', '.join(BUILT_IN)}, gym:<id>, gymnax:<id>"
-        fail(f"--env {args.env} is none of {known}")
-    return TensorEnv(args, num_envs, mine)
+    fail(f"--env {args.env} is none of {', '.join(BUILT_IN)}, gym:, gymnax:<id>")
 
 
 def share(total: int) -> slice:
@@ -918,21 +915,6 @@ def save_checkpoint(run_dir: Path, step: int, agent: Agent, env, live: dict) -> 
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(agent: Agent, env, live: dict, args: Args) -> int:
-    """Put back what save_checkpoint has saved. Returns its step."""
-    path = Path(args.run_dir, "checkpoint", "state.pt")
-    state = torch.load(path, args.device, weights_only=True)
-    ranks = state["ranks"]
-    if len(ranks) != WORLD_SIZE:
-        fail(f"{args.run_dir} is a run of {len(ranks)} ranks, not {WORLD_SIZE}")
-    agent.load_state_dict(state["agent"])
-    saved_live, saved_env = ranks[RANK]
-    if saved_env:  # not of gym:<id>
-        live |= saved_live
-        env.state = saved_env
-    return state["step"]
-
-
 def draw_curve(run_dir: Path) -> None:
     """curve.png: the metrics whose names match CURVE, from metrics.jsonl."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
@@ -1040,10 +1022,17 @@ def train(args: Args) -> int:
     agent = Agent(env, args).to(args.device)
     episode = torch.zeros(2, env.num_envs, device=args.device)
     live, batch = {"obs": env.reset(), "episode": episode}, {}
-    step, score = 0, math.nan
+    run_dir, step, score, stops = Path(args.run_dir), 0, math.nan, []
     if args.resume:
-        step = load_checkpoint(agent, env, live, args)
-    run_dir, stops = Path(args.run_dir), []
+        path = run_dir / "checkpoint" / "state.pt"
+        state = torch.load(path, args.device, weights_only=True)
+        step, ranks = state["step"], state["ranks"]
+        if len(ranks) != WORLD_SIZE:
+            fail(f"{run_dir} is a run of {len(ranks)} ranks, not {WORLD_SIZE}")
+        agent.load_state_dict(state["agent"])
+        saved_live, saved_env = ranks[RANK]
+        if saved_env:  # not of gym:<id>
+            live, env.state = saved_live, saved_env
     for number in (signal.SIGINT, signal.SIGTERM):  # finish the step, save and stop
         signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
     if RANK == 0:
@@ -1065,15 +1054,13 @@ def train(args: Args) -> int:
         ewma_com = args.ewma_com if step >= args.ewma_from else 0.0
         stats = learn(agent, batch, dataclasses.replace(args, ewma_com=ewma_com))
         agent.see(batch["obs"].flatten(0, 1))
-        metrics = {
-            "step": step,
-            "transitions": step * args.num_envs * args.rollout_length,
-        }
+        transitions = step * args.num_envs * args.rollout_length
+        metrics = {"step": step, "transitions": transitions}
         metrics |= describe(stats, totals, clock, start, batch)
         if "grad_norm" not in metrics:
+            how = "start a new run with a lower --learning-rate"
             fail(
-                f"the gradient is not finite at step {step}, which is not saved: "
-                "start a new run with a lower --learning-rate"
+                f"the gradient is not finite at step {step}, which is not saved: {how}"
             )
         if step % args.eval_every == 0 or step == args.steps:
             metrics |= evaluate(agent, test_env, args)
