@@ -291,7 +291,7 @@ class TensorEnv:
         self.advance = compiled(self.advance, args)
 
     def noise(self) -> torch.Tensor:
-        exact = torch.float32 if self.device == "mps" else torch.float64
+        exact = torch.float32 if self.device == "mps" else torch.float64  # mps has none
         noise = torch.rand(self.rules.noise_size, self.total, device=self.device)
         return noise[:, self.mine].to(exact)
 
@@ -513,9 +513,9 @@ class Agent(torch.nn.Module):
         saved["seen"] = torch.zeros(())  # transitions in mean and var
         # Adam's steps; PPO-EWMA's sum of weights beta^k and their mean age
         saved["past"] = torch.tensor([0.0, 1.0, 0.0])
-        # of the minibatch, of the one before it (actor), of the batch
-        sums = {"gradient": 0 * theta, "last": 0 * actor, "sums": torch.zeros(8)}
-        for name, x in (saved | sums).items():
+        # of a minibatch so far; the actor's of the one before; sums over all of them
+        fresh = {"gradient": 0 * theta, "last": 0 * actor, "sums": torch.zeros(8)}
+        for name, x in (saved | fresh).items():
             self.register_buffer(name, x, persistent=name in saved)
         self.act = compiled(self.act, args)
         self.graphs = [compiled(x, args) for x in (add_gradient, descend)]
@@ -533,7 +533,7 @@ class Agent(torch.nn.Module):
         self.seen.copy_(total)
 
     def outputs(self, obs: torch.Tensor) -> torch.Tensor:
-        """What policy needs to know of obs (B, O): the actor's outputs."""
+        """The actor's outputs for obs (B, O): what policy takes."""
         actor, _ = self.theta.split(self.parts)
         return mlp(self.normalize(obs), actor, self.actor_sizes)
 
@@ -1049,8 +1049,7 @@ def train(args: Args) -> int:
         totals, clock = collect(agent, env, live, batch, args)
         names = "rewards", "values", "next_values", "terminated", "truncated"
         known = (batch[name] for name in names)
-        advantages, returns = gae(*known, args.gamma, args.gae_lambda)
-        batch |= {"advantages": advantages, "returns": returns}
+        batch["advantages"], batch["returns"] = gae(*known, args.gamma, args.gae_lambda)
         ewma_com = args.ewma_com if step >= args.ewma_from else 0.0
         stats = learn(agent, batch, dataclasses.replace(args, ewma_com=ewma_com))
         agent.see(batch["obs"].flatten(0, 1))
