@@ -20,10 +20,9 @@ minibatch size and the learning rate, and only take more minibatches.
               --ewma-from starts the average in the middle of a run
     DDR     = N S / KL(pi_b || pi_updated): transitions per unit of divergence
 
-From the paper: the outer step, the recipe, its wrong arms (--scaling), DDR, PPO-EWMA as
-the knob of that step. Ours: the direction of DDR's KL, its mean over up to 2^12 states
-of the batch; networks and constants; the gradient noise scale tr(Sigma) / |G|^2 of the
-actor, in transitions, from consecutive minibatches g, g': B |g - g'|^2 / (2 g.g').
+Not from the paper: the direction of DDR's KL and its mean over up to 2^12 states of the
+batch; networks and constants; the gradient noise scale tr(Sigma) / |G|^2 of the actor,
+in transitions, from consecutive minibatches' g and g': B |g - g'|^2 / (2 g.g').
 
 Differences. Advantages are normalised over the batch, not the minibatch; the value loss
 is not clipped; the learning rate is constant, so that a longer run continues a shorter
@@ -287,7 +286,6 @@ class TensorEnv:
         self.obs_size, self.outputs = rules.obs_size, rules.outputs
         self.discrete, self.time_limit = rules.discrete, rules.time_limit
         self.total, self.mine, self.device = num_envs, mine, args.device
-        self.num_envs = len(range(num_envs)[mine])
         self.advance = compiled(self.advance, args)
 
     def noise(self) -> torch.Tensor:
@@ -297,9 +295,9 @@ class TensorEnv:
 
     def reset(self) -> torch.Tensor:
         """The first obs (N, O) of new episodes."""
-        time = torch.zeros(self.num_envs, dtype=torch.int16, device=self.device)
-        self.state = [self.rules.reset(self.noise()), time]
-        return self.rules.observe(self.state[0])
+        state = self.rules.reset(self.noise())
+        self.state = [state, torch.zeros_like(state[0], dtype=torch.int16)]  # and time
+        return self.rules.observe(state)
 
     def step(self, actions: torch.Tensor) -> tuple:
         """obs (N, O), rewards, terminated, truncated (N,), final_obs (N, O): where an
@@ -384,9 +382,9 @@ class OtherEnv:
         if kinds not in (("Box", "Discrete"), ("Box", "Box")):
             what = f"--env {args.env} has {kinds[0]} observations, {kinds[1]} actions"
             fail(f"{what}: only Box observations, Discrete or Box actions can be used")
-        self.num_envs, self.device = len(range(num_envs)[mine]), args.device
-        self.obs_size, self.time_limit = math.prod(obs_space.shape), 10_000
         self.space, self.discrete = space, kinds[1] == "Discrete"
+        self.obs_size, self.time_limit = math.prod(obs_space.shape), 10_000
+        self.device = args.device
         self.outputs = int(space.n) if self.discrete else 2 * math.prod(space.shape)
 
     def reset(self) -> torch.Tensor:
@@ -548,8 +546,7 @@ class Agent(torch.nn.Module):
         return mlp(self.normalize(obs), critic, self.critic_sizes)[:, 0]
 
     def noise(self, num_envs: int) -> torch.Tensor:
-        """What act needs to draw an action in each environment: uniform (N, 1), or
-        normal (N, A)."""
+        """What act draws the actions of N environments from."""
         if self.discrete:
             return torch.rand(num_envs, 1, device=self.theta.device)
         size = self.actor_sizes[-1] // 2
@@ -763,6 +760,7 @@ def learn(agent: Agent, batch: dict, args: Args) -> dict:
     advantages = (advantages - mean) / (var.sqrt() + 1e-8)
     data = batch["obs"], batch["actions"], batch["logprobs"], advantages, returns
     data = [x.flatten(0, 1) for x in data]
+    take = lambda rows: [x.index_select(0, rows) for x in data]
     # states for the KL, the same for any number of ranks
     places = torch.arange(0, total, math.ceil(total / 2**12), device=args.device)
     states = data[0][own_rows(places, args.num_envs)]
@@ -771,11 +769,10 @@ def learn(agent: Agent, batch: dict, args: Args) -> dict:
     for _ in range(args.epochs):
         agent.last.zero_()
         for rows in torch.randperm(total, device=args.device).split(size):
-            pieces = own_rows(rows, args.num_envs).split(PIECE[args.device])
-            *parts, last = ([x.index_select(0, i) for x in data] for i in pieces)
-            for part in parts:
-                add(agent, args, *part)
-            step(agent, args, *last)
+            *pieces, last = own_rows(rows, args.num_envs).split(PIECE[args.device])
+            for piece in pieces:
+                add(agent, args, *take(piece))
+            step(agent, args, *take(last))
     if not args.ewma_com:  # plain PPO: pi_prox is the next pi_b
         agent.proximal.copy_(agent.theta[: agent.parts[0]])
         agent.past[2] = 0
@@ -814,7 +811,7 @@ def evaluate(agent: Agent, env: TensorEnv | OtherEnv, args: Args) -> dict[str, f
     likely actions, a frozen normaliser, the same starts every time."""
     torch.manual_seed(args.seed)
     obs, totals = env.reset(), torch.zeros(2, device=args.device)
-    running = torch.ones(env.num_envs, dtype=torch.bool, device=args.device)
+    running = torch.ones(len(obs), dtype=torch.bool, device=args.device)
     for s in range(env.time_limit):
         actions = agent.policy(in_pieces(agent.outputs, obs)).mode
         obs, rewards, terminated, truncated, _ = env.step(actions)
@@ -823,7 +820,7 @@ def evaluate(agent: Agent, env: TensorEnv | OtherEnv, args: Args) -> dict[str, f
         if s % 50 == 49 and not running.any():
             break
     names = "eval/episode_return", "eval/episode_length"
-    return dict(zip(names, (totals / env.num_envs).tolist()))
+    return dict(zip(names, (totals / len(obs)).tolist()))
 
 
 # ----------------------------------- Run folder ---------------------------------------
@@ -1020,8 +1017,8 @@ def train(args: Args) -> int:
     test_env = make_env(dataclasses.replace(args, compile="off"), args.eval_episodes)
     env = make_env(args, args.num_envs, share(args.num_envs))
     agent = Agent(env, args).to(args.device)
-    episode = torch.zeros(2, env.num_envs, device=args.device)
-    live, batch = {"obs": env.reset(), "episode": episode}, {}
+    obs, batch = env.reset(), {}
+    live = {"obs": obs, "episode": torch.zeros(2, len(obs), device=args.device)}
     run_dir, step, score, stops = Path(args.run_dir), 0, math.nan, []
     if args.resume:
         path = run_dir / "checkpoint" / "state.pt"
@@ -1058,9 +1055,7 @@ def train(args: Args) -> int:
         metrics |= describe(stats, totals, clock, start, batch)
         if "grad_norm" not in metrics:
             how = "start a new run with a lower --learning-rate"
-            fail(
-                f"the gradient is not finite at step {step}, which is not saved: {how}"
-            )
+            fail(f"the gradient of step {step} is not finite, it is not saved: {how}")
         if step % args.eval_every == 0 or step == args.steps:
             metrics |= evaluate(agent, test_env, args)
             score = metrics["eval/episode_return"]
@@ -1071,7 +1066,7 @@ def train(args: Args) -> int:
         bar.set_postfix(shown | {"steps/s": metrics["steps_per_second"]})
         if step == steps[0] and RANK == 0:
             stored = [*batch.values(), *env.state, *live.values()]
-            size = sum(x.nbytes for x in stored) // env.num_envs
+            size = sum(x.nbytes for x in stored) // len(obs)
             tqdm.write(f"memory: {size:,} bytes of tensors per environment")
         if stop or step % args.save_every == 0 or step == args.steps:
             save_checkpoint(run_dir, step, agent, env, live)
