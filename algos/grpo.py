@@ -1312,7 +1312,7 @@ def batch_indices(count: int, step: int, args: Args) -> np.ndarray:
 def print_table(run_dir: Path) -> None:
     """The evaluations at the start and at the end, and where the run is."""
     logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-    names = [name for name in logs[0] if name != "step"]
+    names = [name for name in logs[0] if name.startswith("eval/")]
     width = max(map(len, names))
     for name in names:
         base, trained = logs[0][name], logs[-1][name]

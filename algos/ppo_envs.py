@@ -20,20 +20,17 @@ minibatch size and the learning rate, and only take more minibatches.
               --ewma-from starts the average in the middle of a run
     DDR     = N S / KL(pi_b || pi_updated): transitions per unit of divergence
 
-From the paper: the outer step, the recipe, its wrong arms (--scaling), DDR, PPO-EWMA as
-the knob of that step. Ours: the direction of DDR's KL, its mean over up to 2^12 states
-of the batch; networks and constants; the gradient noise scale tr(Sigma) / |G|^2 of the
-actor, in transitions, from consecutive minibatches g, g': B |g - g'|^2 / (2 g.g').
+Not from the paper: the direction of DDR's KL and its mean over up to 2^12 states of the
+batch; networks and constants; the gradient noise scale tr(Sigma) / |G|^2 of the actor,
+in transitions, from consecutive minibatches' g and g': B |g - g'|^2 / (2 g.g').
 
 Differences. Advantages are normalised over the batch, not the minibatch; the value loss
 is not clipped; the learning rate is constant, so that a longer run continues a shorter
-one. Batches of 2^21 transitions or more are shuffled in blocks of neighbours. Breakout
-has MinAtar's sticky actions, only the actions with an effect and at most 1,000 steps.
-The state of gym:<id> is not saved: --resume begins new episodes there. Evaluation
-episodes of gym:<id> and gymnax:<id> are cut after 10,000 steps. Adam is written out, so
-that gradient, clipping and step are one compiled graph. Under torchrun each rank has a
-share of the environments and of each minibatch; random draws depend on seed and step
-alone, so the number of ranks changes the speed but not the result.
+one. Breakout has MinAtar's sticky actions, only the actions with an effect and at most
+1,000 steps. The state of gym:<id> is not saved: --resume begins new episodes there.
+Evaluation episodes of gym:<id> and gymnax:<id> are cut after 10,000 steps. Under
+torchrun each rank has a share of the environments and of each minibatch; random draws
+depend on seed and step alone: the number of ranks changes the speed, not the result.
 
     python algos/ppo_envs.py
     python algos/ppo_envs.py --num-envs 1048576 --rollout-length 8 --steps 3
@@ -73,10 +70,8 @@ import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-OWN = (  # names whose code may differ from their namesakes in grpo.py
-    "blame", "open_run", "save_checkpoint", "draw_curve", "check", "evaluate",
-    "describe",
-)  # fmt: skip
+OWN = "CURVE", "blame", "describe", "evaluate", "open_run", "save_checkpoint", "check"
+CURVE = "(eval/)?episode_return"  # metrics that curve.png shows
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 PIECE = {"cpu": 2**13, "mps": 2**16, "cuda": 2**20}  # rows at once: fit the cache
@@ -89,7 +84,7 @@ class Args:
     steps: int = 80  # batches in the whole run, including those before a --resume
     run_dir: str = ""  # folder of the run (default: runs/ppo_envs/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue; its saved flags apply
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to act and to learn
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile, on GPUs CUDA graphs
     env: str = "cartpole"  # or acrobot, pendulum, breakout, gym:<id>, gymnax:<id>
     num_envs: int = 256  # environments side by side (N), over all ranks
@@ -222,12 +217,14 @@ def breakout(state, actions, noise) -> tuple:
 
 
 def breakout_reset(noise: torch.Tensor) -> torch.Tensor:
-    left, one = 1 * (noise[0] < 0.5), torch.ones_like(noise[0])
-    rows = 9 - 9 * left, 3 * one, 3 - left, 4 * one, 0 * one, 9 - 9 * left, 3 * one
-    return torch.stack([row.to(torch.int8) for row in (*rows, 0 * one, *[one] * 30)])
+    """The ball at the left or the right edge, moving down and inwards; all bricks."""
+    left, zero = noise[0] < 0.5, torch.zeros_like(noise[0])
+    x, direction = torch.where(left, 0, 9), torch.where(left, 2, 3)
+    rows = x, zero + 3, direction, zero + 4, zero, x, zero + 3, zero, *[zero + 1] * 30
+    return torch.stack([row.to(torch.int8) for row in rows])
 
 
-def breakout_observe(state: torch.Tensor) -> torch.Tensor:
+def breakout_obs(state: torch.Tensor) -> torch.Tensor:
     """(N, 400) bool: 10 rows, 10 columns, the channels paddle, ball, trail, brick."""
     x, y, _, paddle, _, last_x, last_y, _ = state[:8, :, None]
     places = torch.arange(100, device=state.device)
@@ -236,11 +233,27 @@ def breakout_observe(state: torch.Tensor) -> torch.Tensor:
     return torch.stack([places == 90 + paddle, ball, trail, bricks], -1).flatten(1)
 
 
-def angles_observe(state: torch.Tensor) -> torch.Tensor:
+def pendulum_reset(noise: torch.Tensor) -> torch.Tensor:
+    """An angle within +-pi and a speed within +-1, uniform."""
+    angle, speed = 2 * noise - 1
+    return torch.stack([math.pi * angle, speed])
+
+
+def near_zero(width: float) -> Callable:
+    """The reset of a state whose numbers are uniform within +-width."""
+    return lambda noise: width * (2 * noise - 1)
+
+
+def angles_obs(state: torch.Tensor) -> torch.Tensor:
     """cos and sin of each angle, then the speeds."""
     angles, speeds = state.chunk(2)
     turns = torch.stack([angles.cos(), angles.sin()], 1).flatten(0, 1)
     return torch.cat([turns, speeds]).T.float().contiguous()
+
+
+def state_obs(state: torch.Tensor) -> torch.Tensor:
+    """The state itself."""
+    return state.T.float().contiguous()
 
 
 class Rules(NamedTuple):
@@ -249,64 +262,60 @@ class Rules(NamedTuple):
     step: Callable  # state, actions, noise -> state, rewards (N,), terminated (N,)
     reset: Callable  # noise -> state
     observe: Callable  # state -> obs (N, O) in the smallest exact dtype
-    sizes: tuple[int, int, int]  # K, O, outputs of the actor
-    discrete: bool  # actions (N,), else (N, A) with means and log deviations as outputs
+    noise_size: int  # K
+    obs_size: int  # O
+    outputs: int  # of the actor: logits, or means and log deviations of the actions
+    discrete: bool  # actions (N,), else (N, A)
     time_limit: int  # steps after which an episode is truncated
 
 
-PI, starts = math.pi, lambda width: lambda noise: width * (2 * noise - 1)
-turned = lambda noise: torch.stack([starts(PI)(noise[0]), starts(1)(noise[1])])
-flat, see = lambda state: state.T.float().contiguous(), breakout_observe
 BUILT_IN = {
-    "cartpole": Rules(cartpole, starts(0.05), flat, (4, 4, 2), True, 500),
-    "acrobot": Rules(acrobot, starts(0.1), angles_observe, (4, 6, 3), True, 500),
-    "pendulum": Rules(pendulum, turned, angles_observe, (2, 3, 2), False, 200),
-    "breakout": Rules(breakout, breakout_reset, see, (2, 400, 3), True, 1000),
+    "cartpole": Rules(cartpole, near_zero(0.05), state_obs, 4, 4, 2, True, 500),
+    "acrobot": Rules(acrobot, near_zero(0.1), angles_obs, 4, 6, 3, True, 500),
+    "pendulum": Rules(pendulum, pendulum_reset, angles_obs, 2, 3, 2, False, 200),
+    "breakout": Rules(breakout, breakout_reset, breakout_obs, 2, 400, 3, True, 1000),
 }
 
 
 class TensorEnv:
-    """Copies of a built-in environment that reset in the step they end in: those of
-    num_envs that are `mine`, N of them. Noise is drawn for all num_envs, so that it is
-    the same for any number of ranks."""
+    """Those of num_envs built-in environments that are `mine`, N of them. Noise is
+    drawn for all num_envs, so that it is the same for any number of ranks."""
 
-    def __init__(self, name: str, num_envs: int, args: Args, mine: slice):
-        with blame(f"--env {name} is none of {', '.join(BUILT_IN)}, gym:, gymnax:<id>"):
-            self.rules = BUILT_IN[name]
-        self.noise_size, self.obs_size, self.outputs = self.rules.sizes
-        self.discrete, self.time_limit = self.rules.discrete, self.rules.time_limit
+    def __init__(self, args: Args, num_envs: int, mine: slice):
+        self.rules = rules = BUILT_IN[args.env]
+        self.obs_size, self.outputs = rules.obs_size, rules.outputs
+        self.discrete, self.time_limit = rules.discrete, rules.time_limit
         self.total, self.mine, self.device = num_envs, mine, args.device
-        self.num_envs = len(range(num_envs)[mine])
         self.advance = compiled(self.advance, args)
 
     def noise(self) -> torch.Tensor:
-        exact = torch.float32 if self.device == "mps" else torch.float64
-        noise = torch.rand(self.noise_size, self.total, device=self.device)
+        exact = torch.float32 if self.device == "mps" else torch.float64  # mps has none
+        noise = torch.rand(self.rules.noise_size, self.total, device=self.device)
         return noise[:, self.mine].to(exact)
 
     def reset(self) -> torch.Tensor:
         """The first obs (N, O) of new episodes."""
-        time = torch.zeros(self.num_envs, dtype=torch.int16, device=self.device)
-        self.state = [self.rules.reset(self.noise()), time]
-        return self.rules.observe(self.state[0])
+        state = self.rules.reset(self.noise())
+        self.state = [state, torch.zeros_like(state[0], dtype=torch.int16)]  # and time
+        return self.rules.observe(state)
 
     def step(self, actions: torch.Tensor) -> tuple:
         """obs (N, O), rewards, terminated, truncated (N,), final_obs (N, O): where an
         episode ended, its last observation (obs is then the first of the next episode),
         elsewhere equal to obs."""
-        *self.state, obs, rewards, terminated, truncated, final_obs = self.advance(
-            *self.state, actions, self.noise()
-        )
-        return obs, rewards, terminated, truncated, final_obs
+        state, time, *result = self.advance(*self.state, actions, self.noise())
+        self.state = [state, time]
+        return tuple(result)
 
     def advance(self, state, time, actions, noise) -> tuple:
+        """The next state and time, and what step returns."""
         state, rewards, terminated = self.rules.step(state, actions, noise)
         time, final_obs = time + 1, self.rules.observe(state)
         truncated = time >= self.time_limit
         ended = terminated | truncated
-        state = torch.where(ended, self.rules.reset(noise), state)
-        result = self.rules.observe(state), rewards, terminated, truncated, final_obs
-        return state, time * ~ended, *result
+        state, time = torch.where(ended, self.rules.reset(noise), state), time * ~ended
+        obs = self.rules.observe(state)
+        return state, time, obs, rewards, terminated, truncated, final_obs
 
 
 def open_gym(name: str, num_envs: int, mine: slice) -> tuple:
@@ -314,21 +323,22 @@ def open_gym(name: str, num_envs: int, mine: slice) -> tuple:
     the first of the next one and info holds its last."""
     import gymnasium
 
-    kwargs = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
-    kwargs = dict(vectorization_mode="sync", vector_kwargs=kwargs)
     places = range(num_envs)[mine]
-    env = gymnasium.make_vec(name, len(places), **kwargs)
+    same_step = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
+    env = gymnasium.make_vec(name, len(places), "sync", vector_kwargs=same_step)
+
+    def reset(seed):
+        obs, _ = env.reset(seed=seed + places[0])  # that of the first environment
+        return [], torch.from_numpy(obs)
 
     def step(seed, state, actions):
-        obs, rewards, *ends, info = env.step(actions.cpu().numpy())
+        obs, rewards, terminated, truncated, info = env.step(actions.cpu().numpy())
         final_obs = obs.copy()
-        for i in np.flatnonzero(ends[0] | ends[1]):
+        for i in np.flatnonzero(terminated | truncated):
             final_obs[i] = info["final_obs"][i]
-        arrays = obs, rewards.astype(np.float32), *ends, final_obs
+        arrays = obs, rewards.astype(np.float32), terminated, truncated, final_obs
         return [], *map(torch.from_numpy, arrays)
 
-    first = lambda seed: env.reset(seed=seed + places[0])[0]
-    reset = lambda seed: (torch.from_numpy(first(seed)), [])
     return env.single_observation_space, env.single_action_space, reset, step
 
 
@@ -345,56 +355,51 @@ def open_gymnax(name: str, num_envs: int, mine: slice) -> tuple:
     all_step = jax.jit(jax.vmap(lambda *inputs: env.step(*inputs, params)))
     structure = jax.tree.structure(jax.eval_shape(all_reset, keys(0))[1])
 
+    def reset(seed):
+        obs, state = all_reset(keys(seed))
+        return tensors(state), torch.from_dlpack(obs)
+
     def step(seed, state, actions):
         *leaves, actions = map(jax.dlpack.from_dlpack, [*state, actions])
         state = jax.tree.unflatten(structure, leaves)
         obs, state, *rest, info = all_step(keys(seed), state, actions)
         return tensors(state), *tensors([obs, *rest, info["final_observation"]])
 
-    def reset(seed):
-        obs, state = all_reset(keys(seed))
-        return torch.from_dlpack(obs), tensors(state)
-
-    spaces = env.observation_space(params), env.action_space(params)
-    return *spaces, reset, step
+    return env.observation_space(params), env.action_space(params), reset, step
 
 
 class OtherEnv:
-    """N environments of another library, gym:<id> or gymnax:<id>."""
+    """As TensorEnv, with environments of another library: gym:<id> or gymnax:<id>."""
 
-    def __init__(self, name: str, num_envs: int, args: Args, mine: slice):
-        library, _, name = name.partition(":")
+    def __init__(self, args: Args, num_envs: int, mine: slice):
+        library, _, name = args.env.partition(":")
         known = {"gym": ("gymnasium", open_gym), "gymnax": ("gymnax", open_gymnax)}
         package, opener = known[library]
         with blame(f"--env {args.env} needs `pip install {package}` and a known id"):
             opened = opener(name, num_envs, mine)
-            obs_space, self.space, self.open, self.advance = opened
-        kinds = type(obs_space).__name__, type(self.space).__name__
+        obs_space, space, self.restart, self.advance = opened
+        kinds = type(obs_space).__name__, type(space).__name__
         if kinds not in (("Box", "Discrete"), ("Box", "Box")):
             what = f"--env {args.env} has {kinds[0]} observations, {kinds[1]} actions"
             fail(f"{what}: only Box observations, Discrete or Box actions can be used")
-        self.num_envs = len(range(num_envs)[mine])
-        self.device, self.time_limit = args.device, 10_000
-        self.discrete, self.obs_size = (
-            kinds[1] == "Discrete",
-            math.prod(obs_space.shape),
-        )
-        size = self.space.n if self.discrete else 2 * math.prod(self.space.shape)
-        self.outputs = int(size)
+        self.space, self.discrete = space, kinds[1] == "Discrete"
+        self.obs_size, self.time_limit = math.prod(obs_space.shape), 10_000
+        self.device = args.device
+        self.outputs = int(space.n) if self.discrete else 2 * math.prod(space.shape)
 
     def reset(self) -> torch.Tensor:
-        obs, self.state = self.open(int(torch.randint(2**31, ())))
+        seed = int(torch.randint(2**31, ()))  # on the host, as all seeds
+        self.state, obs = self.restart(seed)
         return obs.to(self.device).flatten(1)
 
     def step(self, actions: torch.Tensor) -> tuple:
-        """As TensorEnv.step."""
         if self.discrete:
             actions = actions.int() + int(getattr(self.space, "start", 0))
         else:
-            low, high = (np.asarray(x) for x in (self.space.low, self.space.high))
-            low, high = (torch.tensor(x, device=actions.device) for x in (low, high))
+            limits = map(np.asarray, (self.space.low, self.space.high))
+            low, high = (torch.tensor(x, device=self.device) for x in limits)
             actions = actions.view(-1, *self.space.shape).clamp(low, high)
-        seed = int(torch.randint(2**31, ()))  # on the host, as all seeds
+        seed = int(torch.randint(2**31, ()))
         self.state, *result = self.advance(seed, self.state, actions)
         obs, *rest, final_obs = (x.to(self.device) for x in result)
         return obs.flatten(1), *rest, final_obs.flatten(1)
@@ -402,8 +407,11 @@ class OtherEnv:
 
 def make_env(args: Args, num_envs: int, mine=slice(None)) -> TensorEnv | OtherEnv:
     """The `mine` part of num_envs environments of kind --env; call reset() first."""
-    kind = OtherEnv if args.env.startswith(("gym:", "gymnax:")) else TensorEnv
-    return kind(args.env, num_envs, args, mine)
+    if args.env in BUILT_IN:
+        return TensorEnv(args, num_envs, mine)
+    if args.env.startswith(("gym:", "gymnax:")):
+        return OtherEnv(args, num_envs, mine)
+    fail(f"--env {args.env} is none of {', '.join(BUILT_IN)}, gym:, gymnax:<id>")
 
 
 def share(total: int) -> slice:
@@ -440,32 +448,46 @@ def compiled(function: Callable, args: Args) -> Callable:
     return call
 
 
-def in_pieces(function: Callable, *tensors: torch.Tensor) -> tuple:
-    """The outputs of function for all rows, computed on pieces that fit the cache."""
+def choose_compile(args: Args) -> None:
+    """Turn --compile auto into on or off, and on into off where it does not work."""
+    if args.compile == "auto":  # on a CPU it costs 10 s and at least doubles the speed
+        batch, (size, _) = args.num_envs * args.rollout_length, recipe(args)
+        updates = args.steps * args.epochs * batch / size
+        args.compile = "on" if args.device == "cuda" or updates > 2**14 else "off"
+    try:
+        compiled(lambda x: (-x,), args)(torch.zeros(2, device=args.device))
+    except Exception as e:
+        print(f"torch.compile is off: {str(e).splitlines()[0]}")
+        args.compile = "off"
+
+
+def in_pieces(function: Callable, *tensors: torch.Tensor) -> torch.Tensor | tuple:
+    """What function returns for all rows, found piece by piece: each fits the cache."""
     size = PIECE[tensors[0].device.type]
     parts = [function(*part) for part in zip(*(x.split(size) for x in tensors))]
-    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
+    if len(parts) == 1:
+        return parts[0]
+    several = isinstance(parts[0], tuple)
+    return tuple(map(torch.cat, zip(*parts))) if several else torch.cat(parts)
 
 
 def mlp(x: torch.Tensor, weights: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Outputs (B, sizes[-1]) of a network with tanh between its layers for x (B,
-    sizes[0]). weights (P,) holds each layer's matrix and bias, one layer after
-    another."""
-    shapes = list(itertools.pairwise(sizes))
-    parts = weights.split([count for n, m in shapes for count in (n * m, m)])
-    for i, (n, m) in enumerate(shapes):
-        x = torch.addmm(parts[2 * i + 1], x, parts[2 * i].view(n, m))
-        if i < len(shapes) - 1:
+    """Outputs (B, sizes[-1]) of a network for x (B, sizes[0]). weights (P,) holds each
+    layer's matrix and bias, one layer after another; between layers is tanh."""
+    counts = [count for n, m in itertools.pairwise(sizes) for count in (n * m, m)]
+    parts = weights.split(counts)
+    while parts:
+        matrix, bias, *parts = parts
+        x = torch.addmm(bias, x, matrix.view(-1, len(bias)))
+        if parts:
             x = 2 * torch.sigmoid(2 * x) - 1  # tanh, twice as fast when compiled
     return x
 
 
 def mlp_weights(sizes: list[int], last_gain: float) -> torch.Tensor:
     """Orthogonal matrices and zero biases for mlp (P,)."""
-    shapes = list(itertools.pairwise(sizes))
-    parts = []
-    for i, (n, m) in enumerate(shapes):
-        gain = math.sqrt(2) if i < len(shapes) - 1 else last_gain
+    gains, parts = [math.sqrt(2)] * (len(sizes) - 2) + [last_gain], []
+    for n, m, gain in zip(sizes, sizes[1:], gains):
         matrix = torch.nn.init.orthogonal_(torch.empty(n, m), gain)
         parts += [matrix.flatten(), torch.zeros(m)]
     return torch.cat(parts)
@@ -477,26 +499,24 @@ class Agent(torch.nn.Module):
 
     def __init__(self, env: TensorEnv | OtherEnv, args: Args):
         super().__init__()
-        self.discrete, self.args = env.discrete, dataclasses.replace(args)
         hidden = [args.hidden_size] * args.hidden_layers
-        self.sizes = [[env.obs_size, *hidden, n] for n in (env.outputs, 1)]
-        actor, critic = map(mlp_weights, self.sizes, (0.01, 1.0))
+        self.actor_sizes = [env.obs_size, *hidden, env.outputs]
+        self.critic_sizes, self.discrete = [env.obs_size, *hidden, 1], env.discrete
+        actor = mlp_weights(self.actor_sizes, 0.01)
+        critic = mlp_weights(self.critic_sizes, 1.0)
         self.parts, theta = [len(actor), len(critic)], torch.cat([actor, critic])
-        tensors = {"theta": theta, "proximal": actor.clone()}
-        tensors |= {"adam_mean": 0 * theta, "adam_var": 0 * theta}
-        tensors |= {"mean": torch.zeros(env.obs_size), "var": torch.ones(env.obs_size)}
-        tensors["seen"] = torch.zeros(())  # transitions in mean and var
+        saved = {"theta": theta, "proximal": actor}
+        saved |= {"adam_mean": 0 * theta, "adam_var": 0 * theta}
+        saved |= {"mean": torch.zeros(env.obs_size), "var": torch.ones(env.obs_size)}
+        saved["seen"] = torch.zeros(())  # transitions in mean and var
         # Adam's steps; PPO-EWMA's sum of weights beta^k and their mean age
-        tensors["past"] = torch.tensor([0.0, 1.0, 0.0])
-        for name, x in tensors.items():
-            self.register_buffer(name, x)
-        # of the minibatch, the one before it, and the batch: not saved
-        self.register_buffer("gradient", 0 * theta, persistent=False)
-        self.register_buffer("last", 0 * actor, persistent=False)
-        self.register_buffer("sums", torch.zeros(8), persistent=False)
-        self.act, self.outputs = (compiled(x, args) for x in (self.act, self.outputs))
-        functions = add_and_descend, add_gradient, descend
-        self.graphs = [compiled(function, args) for function in functions]
+        saved["past"] = torch.tensor([0.0, 1.0, 0.0])
+        # of a minibatch so far; the actor's of the one before; sums over all of them
+        fresh = {"gradient": 0 * theta, "last": 0 * actor, "sums": torch.zeros(8)}
+        for name, x in (saved | fresh).items():
+            self.register_buffer(name, x, persistent=name in saved)
+        self.act = compiled(self.act, args)
+        self.graphs = [compiled(x, args) for x in (add_gradient, descend)]
 
     def normalize(self, obs: torch.Tensor) -> torch.Tensor:
         return ((obs.float() - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
@@ -510,54 +530,37 @@ class Agent(torch.nn.Module):
         self.mean.add_(new * delta)
         self.seen.copy_(total)
 
+    def outputs(self, obs: torch.Tensor) -> torch.Tensor:
+        """The actor's outputs for obs (B, O): what policy takes."""
+        actor, _ = self.theta.split(self.parts)
+        return mlp(self.normalize(obs), actor, self.actor_sizes)
+
     def policy(self, outputs: torch.Tensor) -> td.Distribution:
         if self.discrete:
             return td.Categorical(logits=outputs)
         mean, log_std = outputs.chunk(2, -1)
         return td.Independent(td.Normal(mean, log_std.exp()), 1)
 
-    def value(self, obs: torch.Tensor) -> tuple[torch.Tensor]:
-        critic = self.theta.split(self.parts)[1]
-        return (mlp(self.normalize(obs), critic, self.sizes[1])[:, 0],)
-
-    def outputs(self, obs: torch.Tensor) -> tuple[torch.Tensor]:
-        actor = self.theta.split(self.parts)[0]
-        return (mlp(self.normalize(obs), actor, self.sizes[0]),)
+    def value(self, obs: torch.Tensor) -> torch.Tensor:
+        _, critic = self.theta.split(self.parts)
+        return mlp(self.normalize(obs), critic, self.critic_sizes)[:, 0]
 
     def noise(self, num_envs: int) -> torch.Tensor:
-        """What act needs to draw an action in each environment: uniform (N, 1), or
-        normal (N, A)."""
+        """What act draws the actions of N environments from."""
         if self.discrete:
             return torch.rand(num_envs, 1, device=self.theta.device)
-        shape = num_envs, self.sizes[0][-1] // 2
-        return torch.randn(shape, device=self.theta.device)
+        size = self.actor_sizes[-1] // 2
+        return torch.randn(num_envs, size, device=self.theta.device)
 
     def act(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple:
         """Actions drawn for obs (B, O), their log-probs and the values, (B,)."""
-        outputs = Agent.outputs(self, obs)  # self.outputs may be a graph of its own
-        policy = self.policy(*outputs)
+        policy = self.policy(self.outputs(obs))
         if self.discrete:
             actions = (policy.probs.cumsum(-1)[:, :-1] <= noise).sum(-1)
             actions = actions.byte() if policy.param_shape[-1] <= 256 else actions
         else:
             actions = policy.mean + policy.stddev * noise
-        return actions, policy.log_prob(actions), *self.value(obs)
-
-    def loss(self, theta, obs, actions, old_logprobs, advantages, returns) -> tuple:
-        """-J summed over a piece of a minibatch, and the sums of four metrics, (4,)."""
-        x, prox_logprobs = self.normalize(obs), old_logprobs
-        actor, critic = theta.split(self.parts)
-        policy = self.policy(mlp(x, actor, self.sizes[0]))
-        if self.args.ewma_com:
-            proximal = self.policy(mlp(x, self.proximal, self.sizes[0]))
-            prox_logprobs = proximal.log_prob(actions)
-        logprobs = policy.log_prob(actions), old_logprobs, prox_logprobs
-        losses, clipped = ppo_loss(*logprobs, advantages, self.args.clip)
-        errors = (mlp(x, critic, self.sizes[1])[:, 0] - returns) ** 2 / 2
-        entropy = policy.entropy()
-        loss = losses + self.args.value_coef * errors - self.args.entropy_coef * entropy
-        terms = losses, errors, entropy, clipped.to(loss)
-        return loss.sum(), torch.stack([term.detach().sum() for term in terms])
+        return actions, policy.log_prob(actions), self.value(obs)
 
 
 # ------------------------------------ Rollout -----------------------------------------
@@ -565,25 +568,25 @@ class Agent(torch.nn.Module):
 
 @torch.no_grad()
 def collect(agent, env, live: dict, batch: dict, args: Args) -> tuple:
-    """Write S steps of all environments into batch, tensors (S, N, ...) in the dtype
-    they come in. live: "obs" and "episode" (2, N), return and length so far. Returns
-    sums over the finished episodes (return, length, count) and the times around act and
-    step."""
+    """Act for S steps in all environments. What happens goes into batch, tensors
+    (S, N, ...) in the dtype they come in; live holds the present "obs" (N, O) and the
+    return and length so far of each "episode" (2, N). Returns sums over the finished
+    episodes (return, length, count) and the times around act and step."""
     mine = share(args.num_envs)
     totals, clock = torch.zeros(3, device=args.device), []
     for s in range(args.rollout_length):
-        clock.append(now(args.device))
+        obs, before_act = live["obs"], now(args.device)
         noise = agent.noise(args.num_envs)[mine]
-        actions, logprobs, values = in_pieces(agent.act, live["obs"], noise)
-        clock.append(now(args.device))
-        obs, rewards, terminated, truncated, final_obs = env.step(actions)
-        clock.append(now(args.device))
-        # V(final_obs) where an episode was cut off; a GPU does all rows to avoid a sync
-        rows = truncated.nonzero()[:, 0] if args.device == "cpu" else slice(None)
-        next_values = torch.zeros_like(values)
-        if args.device != "cpu" or len(rows):
-            (next_values[rows],) = agent.value(final_obs[rows])
-        step = dict(obs=live["obs"], actions=actions, logprobs=logprobs, values=values)
+        actions, logprobs, values = in_pieces(agent.act, obs, noise)
+        before_step = now(args.device)
+        next_obs, rewards, terminated, truncated, final_obs = env.step(actions)
+        clock.append((before_act, before_step, now(args.device)))
+        next_values = torch.zeros_like(values)  # V(final_obs) where truncated
+        if args.device != "cpu":  # everywhere: to ask where would wait for the device
+            next_values = agent.value(final_obs)
+        elif truncated.any():
+            next_values[truncated] = agent.value(final_obs[truncated])
+        step = dict(obs=obs, actions=actions, logprobs=logprobs, values=values)
         step |= dict(rewards=rewards, terminated=terminated, truncated=truncated)
         for name, x in {**step, "next_values": next_values}.items():
             if name not in batch:
@@ -593,12 +596,13 @@ def collect(agent, env, live: dict, batch: dict, args: Args) -> tuple:
         gained = torch.stack([rewards.float(), torch.ones_like(values)])
         episode = live["episode"] + gained
         totals += torch.cat([(episode * ended).sum(1), ended.sum()[None]])
-        live |= {"obs": obs, "episode": episode * ~ended}
-    following = [*batch["values"][1:], *in_pieces(agent.value, obs)]
-    for s, ended in enumerate(batch["terminated"] | batch["truncated"]):
-        final = batch["next_values"][s]
-        batch["next_values"][s] = torch.where(ended, final, following[s])
-    return all_reduce(totals), [*clock, now(args.device)]
+        live |= {"obs": next_obs, "episode": episode * ~ended}
+    last_values = in_pieces(agent.value, live["obs"])
+    following = torch.cat([batch["values"][1:], last_values[None]])
+    ended = batch["terminated"] | batch["truncated"]
+    batch["next_values"] = torch.where(ended, batch["next_values"], following)
+    clock.append([now(args.device)] * 3)
+    return all_reduce(totals), clock
 
 
 def now(device: str) -> float | torch.cuda.Event:
@@ -611,19 +615,19 @@ def now(device: str) -> float | torch.cuda.Event:
 
 
 def describe(stats: dict, totals, clock: list, start: float, batch: dict) -> dict:
-    """The metrics of a step. This is the only place that waits for the device."""
+    """The metrics of a step, without what is not finite. This is the only place that
+    waits for the device."""
     names = "episode_return", "episode_length", "episodes"
     stats |= dict(zip(names, [*totals[:2] / totals[2], totals[2]]))
     values = torch.stack([*stats.values()]).tolist()
     end, count = time.perf_counter(), batch["rewards"].numel() * WORLD_SIZE
     span = lambda a, b: b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3
-    act_time = sum(map(span, clock[0:-1:3], clock[1::3]))
-    env_time = sum(map(span, clock[1::3], clock[2::3]))
-    rollout = span(clock[0], clock[-1])
+    act_time = sum(span(before, between) for before, between, _ in clock)
+    env_time = sum(span(between, after) for _, between, after in clock)
+    rollout = span(clock[0][0], clock[-1][-1])
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    if torch.cuda.is_initialized():
-        peak = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak
     return {name: x for name, x in zip(stats, values) if math.isfinite(x)} | {
         "env_steps_per_second": count / env_time,
         "act_steps_per_second": count / (env_time + act_time),  # env and inference
@@ -677,48 +681,65 @@ def ewma_update(average, weights, total, age, com: float) -> tuple:
     return 1 / new, (age + 1) * (1 - new)
 
 
-def add_gradient(agent: Agent, *part: torch.Tensor) -> None:
-    """Add up the gradient and the statistics of the loss of part of a minibatch."""
+def total_loss(agent: Agent, args: Args, theta, *part: torch.Tensor) -> tuple:
+    """-J summed over part of a minibatch, and the sums of four metrics, (4,)."""
+    obs, actions, old_logprobs, advantages, returns = part
+    x, (actor, critic) = agent.normalize(obs), theta.split(agent.parts)
+    policy = agent.policy(mlp(x, actor, agent.actor_sizes))
+    logprobs, prox_logprobs = policy.log_prob(actions), old_logprobs
+    if args.ewma_com:
+        proximal = agent.policy(mlp(x, agent.proximal, agent.actor_sizes))
+        prox_logprobs = proximal.log_prob(actions)
+    terms = logprobs, old_logprobs, prox_logprobs, advantages
+    losses, clipped = ppo_loss(*terms, args.clip)
+    errors = (mlp(x, critic, agent.critic_sizes)[:, 0] - returns) ** 2 / 2
+    entropy = policy.entropy()
+    loss = losses + args.value_coef * errors - args.entropy_coef * entropy
+    metrics = losses, errors, entropy, clipped.to(loss)
+    return loss.sum(), torch.stack([x.detach().sum() for x in metrics])
+
+
+def add_gradient(agent: Agent, args: Args, *part: torch.Tensor) -> None:
+    """Add the gradient of total_loss, and the metrics, to those of other parts."""
+    loss = lambda theta: total_loss(agent, args, theta, *part)
     if torch.compiler.is_compiling():
-        gradient, terms = torch.func.grad(agent.loss, has_aux=True)(agent.theta, *part)
-    else:
+        gradient, metrics = torch.func.grad(loss, has_aux=True)(agent.theta)
+    else:  # autograd takes two thirds of the time when nothing is compiled
+        theta = agent.theta.detach().requires_grad_()
         with torch.enable_grad():
-            theta = agent.theta.detach().requires_grad_()
-            loss, terms = agent.loss(theta, *part)
-            (gradient,) = torch.autograd.grad(loss, theta)
+            total, metrics = loss(theta)
+        (gradient,) = torch.autograd.grad(total, theta)
     agent.gradient += gradient
-    agent.sums[:4] += terms
+    agent.sums[:4] += metrics
 
 
-def descend(agent: Agent) -> None:
-    """A step of Adam (1412.6980, algorithm 1) down the gradient of a minibatch."""
-    args, (size, learning_rate) = agent.args, recipe(agent.args)
+def descend(agent: Agent, args: Args, *part: torch.Tensor) -> None:
+    """Add a minibatch's last part, then take a step of Adam (1412.6980, algorithm 1).
+    Written out, so that gradient, clipping and step are one compiled graph."""
+    add_gradient(agent, args, *part)
+    all_reduce(agent.gradient)
+    (size, learning_rate), last = recipe(args), agent.last
+    updates, total, age = agent.past.unbind()
     gradient = agent.gradient / size
-    actor = gradient[: agent.parts[0]]
+    norm, actor = gradient.norm(), gradient[: len(last)]
     # disjoint data: on average g.g' is |G|^2 and |g - g'|^2 / 2 the noise of one g
-    spread = ((actor - agent.last) ** 2).sum() * (agent.last != 0).any() / 2
-    norm, (updates, total, age) = gradient.norm(), agent.past.unbind()
-    agent.sums[4:] += torch.stack([size * spread, actor @ agent.last, norm, age])
-    agent.last.copy_(actor)
+    noise = ((actor - last) ** 2).sum() * (last != 0).any() / 2
+    agent.sums[4:] += torch.stack([size * noise, actor @ last, norm, age])
+    last.copy_(actor)
     gradient = gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
     agent.adam_mean.lerp_(gradient, 0.1)
     agent.adam_var.lerp_(gradient**2, 0.001)
-    mean, var = (
-        x / -torch.expm1((updates + 1) * math.log(beta))  # 1 - beta^t
-        for x, beta in ((agent.adam_mean, 0.9), (agent.adam_var, 0.999))
-    )
+    updates = updates + 1
+    mean = agent.adam_mean / -torch.expm1(updates * math.log(0.9))  # 1 - 0.9^updates
+    var = agent.adam_var / -torch.expm1(updates * math.log(0.999))
     agent.theta -= learning_rate * mean / (var.sqrt() + 1e-5)
     agent.gradient.zero_()
-    age, actor = age + 1, agent.theta[: agent.parts[0]]
     if args.ewma_com:
-        total, age = ewma_update(agent.proximal, actor, total, age - 1, args.ewma_com)
-    agent.past.copy_(torch.stack([updates + 1, total, age]))
-
-
-def add_and_descend(agent: Agent, *minibatch: torch.Tensor) -> None:
-    """add_gradient and descend, to be compiled as one graph."""
-    add_gradient(agent, *minibatch)
-    descend(agent)
+        actor = agent.theta[: len(last)]
+        total, age = ewma_update(agent.proximal, actor, total, age, args.ewma_com)
+    else:
+        age = age + 1
+    agent.past.copy_(torch.stack([updates, total, age]))
 
 
 def moments(x: torch.Tensor) -> tuple:
@@ -732,51 +753,41 @@ def moments(x: torch.Tensor) -> tuple:
 @torch.no_grad()
 def learn(agent: Agent, batch: dict, args: Args) -> dict:
     """Make --epochs passes over the batch; returns statistics, left on the device."""
-    names = "rewards", "values", "next_values", "terminated", "truncated"
-    advantages, returns = gae(*(batch[x] for x in names), args.gamma, args.gae_lambda)
+    add, step = agent.graphs
+    (size, _), total = recipe(args), args.num_envs * args.rollout_length
+    advantages, returns = batch["advantages"], batch["returns"]
     (mean, var), (_, spread) = (moments(x.flatten()) for x in (advantages, returns))
-    advantages.sub_(mean).div_(var.sqrt() + 1e-8)
-    data = [batch["obs"], batch["actions"], batch["logprobs"], advantages, returns]
-    data, (size, _) = [x.flatten(0, 1) for x in data], recipe(args)
-    total = args.num_envs * args.rollout_length
-    rows = torch.arange(0, total, -(-total // 2**12), device=args.device)
-    count = len(rows)  # states for the KL, the same for any number of ranks
-    few = data[0][own_rows(rows, args.num_envs)]
-    before = agent.policy(*in_pieces(agent.outputs, few))
-    # neighbours are different environments: shuffling blocks of them is as good
-    most = 2 ** max(0, total.bit_length() - 21)
-    block = math.gcd(size, args.num_envs // WORLD_SIZE, most)
-    blocks = [x.view(-1, block, *x.shape[1:]) for x in data]
-    width, piece = args.num_envs // block, max(1, PIECE[args.device] // block)
-    whole = WORLD_SIZE == 1 and size <= piece * block  # all of it in one graph
-    both, add, step = agent.graphs
+    advantages = (advantages - mean) / (var.sqrt() + 1e-8)
+    data = batch["obs"], batch["actions"], batch["logprobs"], advantages, returns
+    data = [x.flatten(0, 1) for x in data]
+    take = lambda rows: [x.index_select(0, rows) for x in data]
+    # states for the KL, the same for any number of ranks
+    places = torch.arange(0, total, math.ceil(total / 2**12), device=args.device)
+    states = data[0][own_rows(places, args.num_envs)]
+    before = agent.policy(agent.outputs(states))
     agent.sums.zero_()
     for _ in range(args.epochs):
         agent.last.zero_()
-        order = torch.randperm(total // block, device=args.device)
-        for rows in order.split(size // block):
-            if WORLD_SIZE > 1:
-                rows = own_rows(rows, width)
-            for i in rows.split(piece):
-                part = [x.index_select(0, i).flatten(0, 1) for x in blocks]
-                (both if whole else add)(agent, *part)
-            if not whole:
-                all_reduce(agent.gradient)
-                step(agent)
-    if not agent.args.ewma_com:  # plain PPO: pi_prox is the next pi_b
+        for rows in torch.randperm(total, device=args.device).split(size):
+            *pieces, last = own_rows(rows, args.num_envs).split(PIECE[args.device])
+            for piece in pieces:
+                add(agent, args, *take(piece))
+            step(agent, args, *take(last))
+    if not args.ewma_com:  # plain PPO: pi_prox is the next pi_b
         agent.proximal.copy_(agent.theta[: agent.parts[0]])
         agent.past[2] = 0
-    after = agent.policy(*in_pieces(agent.outputs, few))
-    kl = all_reduce(td.kl_divergence(before, after).sum()) / count
-    terms, rest = agent.sums.clone().split(4)
-    terms, updates = all_reduce(terms) / args.epochs / total, args.epochs * total / size
+    after = agent.policy(agent.outputs(states))
+    kl = all_reduce(td.kl_divergence(before, after).sum()) / len(places)
+    metrics, (noise, signal, norms, ages) = agent.sums.clone().split(4)
+    metrics = all_reduce(metrics) / args.epochs / total
+    updates = args.epochs * total / size
     names = "policy_loss", "value_loss", "entropy", "clip_fraction"
-    return dict(zip(names, terms)) | {
+    return dict(zip(names, metrics)) | {
         "kl": kl,
         "ddr": total / kl,
-        "gradient_noise_scale": rest[0] / rest[1].clamp(min=0),
-        "grad_norm": rest[2] / updates,
-        "proximal_age": rest[3] / updates,
+        "gradient_noise_scale": noise / signal.clamp(min=0),
+        "grad_norm": norms / updates,
+        "proximal_age": ages / updates,
         "explained_variance": 1 - var / spread,
     }
 
@@ -784,9 +795,11 @@ def learn(agent: Agent, batch: dict, args: Args) -> dict:
 def own_rows(rows: torch.Tensor, width: int) -> torch.Tensor:
     """Those of rows, places in (S, width) of all ranks, that are this rank's, as places
     in its own share."""
-    mine, column = share(width), rows % width
-    rows = rows[(column >= mine.start) & (column < mine.stop)]
-    return rows // width * (mine.stop - mine.start) + rows % width - mine.start
+    if WORLD_SIZE == 1:
+        return rows
+    mine = share(width)
+    size, column = mine.stop - mine.start, rows % width - mine.start
+    return (rows // width * size + column)[(column >= 0) & (column < size)]
 
 
 # ----------------------------------- Evaluation ---------------------------------------
@@ -798,16 +811,16 @@ def evaluate(agent: Agent, env: TensorEnv | OtherEnv, args: Args) -> dict[str, f
     likely actions, a frozen normaliser, the same starts every time."""
     torch.manual_seed(args.seed)
     obs, totals = env.reset(), torch.zeros(2, device=args.device)
-    running = torch.ones(env.num_envs, dtype=torch.bool, device=args.device)
+    running = torch.ones(len(obs), dtype=torch.bool, device=args.device)
     for s in range(env.time_limit):
-        actions = agent.policy(*in_pieces(agent.outputs, obs)).mode
+        actions = agent.policy(in_pieces(agent.outputs, obs)).mode
         obs, rewards, terminated, truncated, _ = env.step(actions)
         totals += torch.stack([(rewards * running).sum(), running.sum()])
         running &= ~(terminated | truncated)
         if s % 50 == 49 and not running.any():
             break
     names = "eval/episode_return", "eval/episode_length"
-    return dict(zip(names, (totals / env.num_envs).tolist()))
+    return dict(zip(names, (totals / len(obs)).tolist()))
 
 
 # ----------------------------------- Run folder ---------------------------------------
@@ -870,14 +883,21 @@ def write_logs(args: Args, metrics: dict, sample: dict) -> None:
         tqdm.write(f"wandb is off from here on: {e}")
 
 
-def save_checkpoint(run_dir: Path, state: dict) -> None:
-    """checkpoint/ of the run, written beside, then renamed: one is always whole."""
+def save_checkpoint(run_dir: Path, step: int, agent: Agent, env, live: dict) -> None:
+    """Write checkpoint/ under a new name, then rename: one is complete at all times.
+    All ranks call it, the first one writes."""
+    mine = {k: x.cpu() for k, x in live.items()}, [x.cpu() for x in env.state]
+    ranks = [mine] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(ranks, mine)
+    if RANK > 0:
+        return
     new, last, old = (run_dir / f"checkpoint{x}" for x in (".new", "", ".old"))
     try:
-        step = state["step"]
         with blame(f"cannot save step {step} in {run_dir} (the last save is whole)"):
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
+            state = {"step": step, "agent": agent.state_dict(), "ranks": ranks}
             torch.save(state, new / "state.pt")
             for path in [*new.iterdir(), new]:
                 descriptor = os.open(path, os.O_RDONLY)
@@ -893,15 +913,17 @@ def save_checkpoint(run_dir: Path, state: dict) -> None:
 
 
 def draw_curve(run_dir: Path) -> None:
-    """curve.png: return of finished and of evaluation episodes, from metrics.jsonl."""
+    """curve.png: the metrics whose names match CURVE, from metrics.jsonl."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
     axes = Figure(figsize=(6, 4), layout="constrained").add_subplot()
-    for name, style in (("episode_return", "-"), ("eval/episode_return", "o-")):
-        points = [(r["transitions"], r[name]) for r in records if name in r]
-        if points:  # an episode has ended
-            axes.plot(*zip(*points), style, markersize=4, label=name)
-    title = run_dir.name.replace("$", r"\$")
-    axes.set(xlabel="transitions", ylabel="return", title=title)
+    names = dict.fromkeys(name for record in records for name in record)
+    names = [name for name in names if re.fullmatch(CURVE, name)]
+    for name, style in zip(names, ["o-", "s--", "-", ":"]):
+        points = [(r["step"], r[name]) for r in records if name in r]
+        axes.plot(*zip(*points), style, markersize=4, label=name)
+    low = 0 if axes.dataLim.ymin >= 0 else None
+    title = run_dir.name.replace("$", r"\$")  # no mathematics
+    axes.set(xlabel="step", ylim=(low, None), title=title)
     axes.legend()
     with blame(f"cannot draw {run_dir}/curve.png"):
         axes.figure.savefig(run_dir / "curve.png", dpi=120)
@@ -924,7 +946,7 @@ def read_flags(default: Args | None = None) -> Args:
 
 
 def check(args: Args) -> None:
-    """Reject invalid flags; fill in --rollout-length and --compile."""
+    """Reject invalid flags, and fill in --rollout-length."""
     may_be_0 = "seed", "ewma_com", "gamma", "gae_lambda", "value_coef", "entropy_coef"
     for name, value in vars(args).items():
         number, zero = type(value) in (int, float), value == 0 and name in may_be_0
@@ -948,17 +970,6 @@ def check(args: Args) -> None:
     ):
         if wrong:
             fail(message)
-    if args.compile == "auto":  # on a CPU it costs 10 s and at least doubles the speed
-        updates = args.steps * args.epochs * batch / size
-        args.compile = "on" if args.device == "cuda" or updates > 2**14 else "off"
-    if args.device == "cuda" and WORLD_SIZE > 1:
-        with blame("each rank needs a GPU of its own (or --device cpu)"):
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    try:
-        compiled(lambda x: (-x,), args)(torch.zeros(2, device=args.device))
-    except Exception as e:
-        print(f"torch.compile is off: {str(e).splitlines()[0]}")
-        args.compile = "off"
 
 
 def parse_args() -> Args:
@@ -1008,80 +1019,83 @@ def catch_stops() -> list[int]:
     return stops
 
 
+def print_table(run_dir: Path) -> None:
+    """The evaluations at the start and at the end, and where the run is."""
+    logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
+    names = [name for name in logs[0] if name.startswith("eval/")]
+    width = max(map(len, names))
+    for name in names:
+        base, trained = logs[0][name], logs[-1][name]
+        print(f"{name:{width}}  base {base:.3f}  trained {trained:.3f}")
+    print(f"run folder: {run_dir}")
+
+
 def train(args: Args) -> int:
-    """Act, learn, log; evaluate and save every now and then."""
+    """Act, find advantages, learn, log; evaluate and save every now and then."""
+    choose_compile(args)
     torch.manual_seed(args.seed)
     test_env = make_env(dataclasses.replace(args, compile="off"), args.eval_episodes)
-    env, step = make_env(args, args.num_envs, share(args.num_envs)), 0
+    env = make_env(args, args.num_envs, share(args.num_envs))
     agent = Agent(env, args).to(args.device)
-    live = {"obs": env.reset(), "episode": torch.zeros(2, env.num_envs)}
-    live["episode"] = live["episode"].to(args.device)
+    obs, batch = env.reset(), {}
+    live = {"obs": obs, "episode": torch.zeros(2, len(obs), device=args.device)}
+    run_dir, step, score, stops = Path(args.run_dir), 0, math.nan, catch_stops()
     if args.resume:
-        path = Path(args.run_dir, "checkpoint", "state.pt")
-        state = torch.load(path, map_location=args.device, weights_only=True)
-        if len(state["ranks"]) != WORLD_SIZE:
-            count = len(state["ranks"])
-            fail(f"{args.run_dir} is a run of {count} ranks, not {WORLD_SIZE}")
+        path = run_dir / "checkpoint" / "state.pt"
+        state = torch.load(path, args.device, weights_only=True)
+        step, ranks = state["step"], state["ranks"]
+        if len(ranks) != WORLD_SIZE:
+            fail(f"{run_dir} is a run of {len(ranks)} ranks, not {WORLD_SIZE}")
         agent.load_state_dict(state["agent"])
-        step, (saved_live, saved_env) = state["step"], state["ranks"][RANK]
-        if saved_env:
+        saved_live, saved_env = ranks[RANK]
+        if saved_env:  # not of gym:<id>
             live, env.state = saved_live, saved_env
-    run_dir, stops, batch = Path(args.run_dir), catch_stops(), {}
     if RANK == 0:
         _lock = open_run(args, step)  # until this function returns
-    metrics = {"step": step, "transitions": 0}
-    if step == 0:
-        metrics |= evaluate(agent, test_env, args)
+    if not args.resume:
+        metrics = {"step": 0, "transitions": 0} | evaluate(agent, test_env, args)
+        score = metrics["eval/episode_return"]
         write_logs(args, metrics, {})
-    score = metrics.get("eval/episode_return", math.nan)
     steps = range(step + 1, args.steps + 1)
     bar = tqdm(steps, initial=step, total=args.steps, disable=RANK > 0)
     for step in bar:
         torch.manual_seed(args.seed * 10**9 + step)  # so no RNG state is saved
         start = time.perf_counter()
         totals, clock = collect(agent, env, live, batch, args)
-        agent.args.ewma_com = args.ewma_com * (step >= args.ewma_from)
-        stats = learn(agent, batch, args)
+        names = "rewards", "values", "next_values", "terminated", "truncated"
+        known = (batch[name] for name in names)
+        batch["advantages"], batch["returns"] = gae(*known, args.gamma, args.gae_lambda)
+        ewma_com = args.ewma_com if step >= args.ewma_from else 0.0
+        stats = learn(agent, batch, dataclasses.replace(args, ewma_com=ewma_com))
         agent.see(batch["obs"].flatten(0, 1))
         transitions = step * args.num_envs * args.rollout_length
         metrics = {"step": step, "transitions": transitions}
         metrics |= describe(stats, totals, clock, start, batch)
-        if "grad_norm" not in metrics:  # describe() leaves out what is not finite
-            fail(
-                f"the gradient is not finite at step {step}, which is not saved: "
-                "start a new run with a lower --learning-rate"
-            )
+        if "grad_norm" not in metrics:
+            how = "start a new run with a lower --learning-rate"
+            fail(f"the gradient of step {step} is not finite, it is not saved: {how}")
         if step % args.eval_every == 0 or step == args.steps:
             metrics |= evaluate(agent, test_env, args)
             score = metrics["eval/episode_return"]
         stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0
         first = {name: batch[name][:, 0].tolist() for name in ("actions", "rewards")}
         write_logs(args, metrics, first)
+        shown = {"return": metrics.get("episode_return", math.nan), "test": score}
+        bar.set_postfix(shown | {"steps/s": metrics["steps_per_second"]})
         if step == steps[0] and RANK == 0:
             stored = [*batch.values(), *env.state, *live.values()]
-            size = sum(x.nbytes for x in stored) // env.num_envs
-            size += 8 * args.rollout_length  # advantages and returns
+            size = sum(x.nbytes for x in stored) // len(obs)
             tqdm.write(f"memory: {size:,} bytes of tensors per environment")
-        now_at = {"return": metrics.get("episode_return", math.nan), "test": score}
-        bar.set_postfix(now_at | {"steps/s": metrics["steps_per_second"]})
         if stop or step % args.save_every == 0 or step == args.steps:
-            mine = {k: x.cpu() for k, x in live.items()}, [x.cpu() for x in env.state]
-            ranks = [mine] * WORLD_SIZE
-            if WORLD_SIZE > 1:
-                dist.all_gather_object(ranks, mine)
+            save_checkpoint(run_dir, step, agent, env, live)
             if RANK == 0:
-                state = {"step": step, "agent": agent.state_dict(), "ranks": ranks}
-                save_checkpoint(run_dir, state)
                 draw_curve(run_dir)
         if stop and step < args.steps:
             if RANK == 0:
                 print(f"stopped after step {step}; to continue: --resume {run_dir}")
             return 130
     if RANK == 0:
-        logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
-        for name in [name for name in logs[0] if name.startswith("eval/")]:
-            print(f"{name:20} first {logs[0][name]:.1f}  last {logs[-1][name]:.1f}")
-        print(f"run folder: {run_dir}")
+        print_table(run_dir)
     return 0
 
 
@@ -1090,6 +1104,9 @@ def main() -> None:
     outlive_pipes()
     args = parse_args()
     if WORLD_SIZE > 1:
+        if args.device == "cuda":
+            with blame("each rank needs a GPU of its own (or --device cpu)"):
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
         name = [args.run_dir]
         dist.broadcast_object_list(name)  # the ranks' clocks differ

@@ -98,10 +98,14 @@ def ours(num_envs: int, length=LENGTH, device="cpu", compile="on") -> tuple:
     env = script.make_env(args, num_envs)
     agent, batch = script.Agent(env, args).to(device), {}
     live = {"obs": env.reset(), "episode": torch.zeros(2, num_envs, device=device)}
+    names = "rewards", "values", "next_values", "terminated", "truncated"
 
     def iteration() -> dict:
         start = time.perf_counter()
         totals, clock = script.collect(agent, env, live, batch, args)
+        known = (batch[name] for name in names)
+        found = script.gae(*known, args.gamma, args.gae_lambda)
+        batch["advantages"], batch["returns"] = found
         stats = script.learn(agent, batch, args)
         agent.see(batch["obs"].flatten(0, 1))
         return script.describe(stats, totals, clock, start, batch)

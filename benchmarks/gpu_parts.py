@@ -341,7 +341,8 @@ def gradient_of(name: str, device: str, sizes: Sizes) -> tuple[float, torch.Tens
         data = *data, torch.randn(256), torch.randn(256)  # advantages and returns
         agent = script.Agent(env, args).to(device)
         theta = agent.theta.clone().requires_grad_()
-        loss, _ = agent.loss(theta, *(x.to(device) for x in data))
+        data = theta, *(x.to(device) for x in data)
+        loss, _ = script.total_loss(agent, args, *data)
         loss.backward()
         loss, parameters = loss.item(), [theta]
     else:

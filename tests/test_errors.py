@@ -377,11 +377,7 @@ def test_more_ranks_than_gpus_are_a_traceback(name, monkeypatch, capsys):
     monkeypatch.setattr(script, "WORLD_SIZE", 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "set_device", absent)
-    if name == "ppo_envs":
-        monkeypatch.setattr(script, "read_flags", lambda *_: args)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    else:
-        monkeypatch.setattr(script, "parse_args", lambda: args)
+    monkeypatch.setattr(script, "parse_args", lambda: args)
     with pytest.raises(SystemExit) as stop:
         script.main()
     error = capsys.readouterr().err

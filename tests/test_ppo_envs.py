@@ -96,7 +96,7 @@ def test_other_devices_have_other_targets(ppo, name, limit):
     torch.testing.assert_close(next_values[~ended], values[~ended])
     on = ~(batch["terminated"] | batch["truncated"])[-1]
     assert on.any()
-    (values,) = agent.value(live["obs"])
+    values = agent.value(live["obs"])
     torch.testing.assert_close(batch["next_values"][-1][on], values[on])
 
 
@@ -200,7 +200,7 @@ class Jumps:
 class Identity:
     """An agent whose value of an observation is the observation."""
 
-    value = staticmethod(lambda obs: (obs[:, 0],))
+    value = staticmethod(lambda obs: obs[:, 0])
     noise = staticmethod(lambda num_envs: torch.rand(num_envs, 1))
     act = staticmethod(lambda obs, noise: (obs[:, 0].byte(), obs[:, 0] * 0, obs[:, 0]))
 
@@ -267,12 +267,12 @@ def test_ewma_with_com_0_is_not_ppo(ppo):
         loss = loss if plain else ppo.ppo_loss(x, old, old, advantages, 0.2)[0]
         results.append((loss.detach(), *torch.autograd.grad(loss.sum(), x)))
     assert all(torch.equal(a, b) for a, b in zip(*results))
-    agent, batch, _ = learner(ppo)  # --ewma-com is 0: no other weights take part
+    agent, batch, args = learner(ppo)  # --ewma-com is 0: no other weights take part
     names = "obs", "actions", "logprobs", "values", "next_values"
-    data = [batch[name].flatten(0, 1) for name in names]
-    before = agent.loss(agent.theta, *data)[1]
+    data = agent.theta, *(batch[name].flatten(0, 1) for name in names)
+    before = ppo.total_loss(agent, args, *data)[1]
     agent.proximal.normal_(generator=generator)
-    assert torch.equal(agent.loss(agent.theta, *data)[1], before)
+    assert torch.equal(ppo.total_loss(agent, args, *data)[1], before)
 
 
 def test_ewma_weights_are_not_the_recursion(ppo):
@@ -303,8 +303,16 @@ def learner(ppo, **changes):
     agent = ppo.Agent(env, args)
     live = {"obs": env.reset(), "episode": torch.zeros(2, args.num_envs)}
     ppo.collect(agent, env, live, batch, args)
+    add_advantages(ppo, batch, args)
     torch.manual_seed(1)
     return agent, batch, args
+
+
+def add_advantages(ppo, batch, args):
+    """As train does before it learns."""
+    names = "rewards", "values", "next_values", "terminated", "truncated"
+    found = ppo.gae(*(batch[x] for x in names), args.gamma, args.gae_lambda)
+    batch["advantages"], batch["returns"] = found
 
 
 def test_large_minibatch_in_pieces_has_another_gradient(ppo, monkeypatch):
@@ -347,8 +355,7 @@ def test_step_is_not_that_of_clipped_adam(ppo, float64, max_norm):
         p.data = x.view(p.shape[::-1]).T if p.ndim == 2 else x
         place += p.numel()
     optimizer = torch.optim.Adam(weights, args.learning_rate, eps=1e-5)
-    names = "rewards", "values", "next_values", "terminated", "truncated"
-    advantages, returns = ppo.gae(*(batch[x] for x in names), 0.99, 0.95)
+    advantages, returns = batch["advantages"], batch["returns"]
     advantages = (advantages - advantages.mean()) / advantages.std(correction=0)
     rows = lambda x: x.flatten(0, 1)
     obs, actions, old = (rows(batch[x]) for x in ("obs", "actions", "logprobs"))
@@ -423,9 +430,7 @@ def test_kl_is_measured_in_the_other_direction(ppo):
     """KL(behaviour || updated) over the batch, by enumeration of the actions; plain
     PPO's anchor is on average (updates - 1) / 2 gradient steps old."""
     agent, batch, args = learner(ppo)
-    logits = lambda: (
-        agent.outputs(batch["obs"].flatten(0, 1))[0].double().log_softmax(-1)
-    )
+    logits = lambda: agent.outputs(batch["obs"].flatten(0, 1)).double().log_softmax(-1)
     before = logits()
     stats = ppo.learn(agent, batch, args)
     expected = (before.exp() * (before - logits())).sum(-1).mean()
@@ -485,7 +490,7 @@ def test_actions_are_not_drawn_from_the_policy(ppo):
     agent.theta.mul_(3)
     obs = batch["obs"][:1, 0].expand(100_000, -1)
     actions, logprobs, _ = agent.act(obs, agent.noise(100_000))
-    expected = agent.outputs(obs[:1])[0][0].log_softmax(-1)
+    expected = agent.outputs(obs[:1])[0].log_softmax(-1)
     torch.testing.assert_close(logprobs, expected[actions.long()])
     shares = actions.long().bincount(minlength=3) / 100_000
     assert (shares - expected.exp()).abs().max() < 0.01 and actions.dtype == torch.uint8
@@ -493,7 +498,7 @@ def test_actions_are_not_drawn_from_the_policy(ppo):
     agent.theta[agent.parts[0] - 1] = -1.0  # log of the deviation, but for a little
     obs = batch["obs"][:1, 0].expand(100_000, -1)
     actions, logprobs, _ = agent.act(obs, agent.noise(100_000))
-    mean, log_std = agent.outputs(obs[:1])[0][0]
+    mean, log_std = agent.outputs(obs[:1])[0]
     z = (actions[:, 0] - mean) / log_std.exp()
     assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
     expected = -(z**2) / 2 - log_std - math.log(2 * math.pi) / 2
@@ -517,22 +522,20 @@ def test_minibatch_grows_with_num_envs(ppo):
     assert ppo.recipe(wrong) == (2048, pytest.approx(2e-3))
 
 
-@pytest.mark.parametrize("block", [1, 16])
-def test_shuffle_loses_transitions(ppo, block, monkeypatch):
+def test_shuffle_loses_transitions(ppo, monkeypatch):
     """Each epoch shows each transition once, whole, in minibatches of the given
     size."""
     agent, batch, args = learner(ppo, epochs=2)
     batch["logprobs"] = torch.arange(512.0).view(32, 16)  # a name for each transition
     batch["obs"][..., 0] = batch["logprobs"]
-    seen, gcd, loss = [], math.gcd, agent.loss
-    monkeypatch.setattr(ppo.math, "gcd", lambda *x: block if len(x) == 3 else gcd(*x))
+    seen, loss = [], ppo.total_loss
 
-    def spy(theta, obs, actions, logprobs, advantages, returns):
+    def spy(agent, args, theta, obs, actions, logprobs, *rest):
         assert torch.equal(obs[:, 0], logprobs)
         seen.append(logprobs)
-        return loss(theta, obs * 0, actions, logprobs * 0, advantages, returns)
+        return loss(agent, args, theta, obs * 0, actions, logprobs * 0, *rest)
 
-    agent.loss = spy
+    monkeypatch.setattr(ppo, "total_loss", spy)
     ppo.learn(agent, batch, args)
     assert [len(x) for x in seen] == [64] * 16
     for epoch in (torch.cat(seen[:8]), torch.cat(seen[8:])):
@@ -546,7 +549,8 @@ def test_storage_is_wider_than_the_data(ppo):
     _, batch, _ = learner(ppo)
     sizes = {name: x.element_size() for name, x in batch.items()}
     narrow = dict(actions=1, rewards=1, terminated=1, truncated=1)
-    assert sizes == narrow | dict(obs=4, logprobs=4, values=4, next_values=4)
+    wide = "obs", "logprobs", "values", "next_values", "advantages", "returns"
+    assert sizes == narrow | dict.fromkeys(wide, 4)
     env = ppo.make_env(args_of(ppo, env="breakout"), 3)
     assert env.reset().dtype == torch.bool and env.state[0].dtype == torch.int8
 
@@ -563,8 +567,9 @@ def test_normaliser_is_not_saved_or_not_frozen(ppo, tmp_path):
     agent.see(obs[100:])
     torch.testing.assert_close(agent.mean, obs.mean(0))
     torch.testing.assert_close(agent.var, obs.var(0, correction=0))
-    ppo.save_checkpoint(tmp_path, {"step": 1, "agent": agent.state_dict()})
     env = ppo.make_env(args, 4)
+    live = {"obs": env.reset(), "episode": torch.zeros(2, 4)}
+    ppo.save_checkpoint(tmp_path, 1, agent, env, live)
     other = ppo.Agent(env, args)
     saved = torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)
     other.load_state_dict(saved["agent"])
@@ -624,7 +629,7 @@ def test_dynamics_differ_from_gymnasium(ppo, kind, name):
     assert (terminated.numpy() == ends).all() and obs.dtype == torch.float32
     assert kind == "pendulum" or 0.02 < ends.mean() < 0.9
     assert rules.time_limit == gymnasium.spec(name).max_episode_steps
-    starts = rules.reset(torch.rand(rules.sizes[0], 10_000).double())
+    starts = rules.reset(torch.rand(rules.noise_size, 10_000).double())
     own = np.stack([(env.reset(seed=i), env.state)[1] for i in range(500)], 1)
     np.testing.assert_allclose(starts.min(1)[0], own.min(1), atol=0.03 * np.ptp(own))
     np.testing.assert_allclose(starts.max(1)[0], own.max(1), atol=0.03 * np.ptp(own))
@@ -921,7 +926,7 @@ def test_ranks_measure_the_kl_on_other_states(ppo, monkeypatch):
     """KL and DDR are of the same states, up to 2^12 of the batch, however many ranks
     there are: each takes those of its environments, here no whole number of strides."""
 
-    def catch(_, states):
+    def catch(states):
         seen.extend(states.tolist())
         raise InterruptedError
 
@@ -930,8 +935,9 @@ def test_ranks_measure_the_kl_on_other_states(ppo, monkeypatch):
     agent, whole, found = ppo.Agent(env, args), {}, []
     live = {"obs": env.reset(), "episode": torch.zeros(2, 60)}
     ppo.collect(agent, env, live, whole, args)
+    add_advantages(ppo, whole, args)
     monkeypatch.setattr(ppo, "all_reduce", lambda x, *_: x)
-    monkeypatch.setattr(ppo, "in_pieces", catch)
+    monkeypatch.setattr(agent, "outputs", catch)
     for ranks in 1, 2, 3, 4:
         monkeypatch.setattr(ppo, "WORLD_SIZE", ranks)
         seen = []
@@ -960,7 +966,7 @@ def test_ranks_have_another_kl(torchrun, tmp_path):
 def test_curve_has_a_point_before_the_first_episode_ends(ppo, tmp_path, monkeypatch):
     """matplotlib takes a plot of nothing but a style for a category: an axis of words,
     and a point that nobody measured."""
-    lines = {"transitions": 0, "eval/episode_return": 9.0}, {"transitions": 64}
+    lines = {"step": 0, "eval/episode_return": 9.0}, {"step": 1}
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text)
     drawn, keep = [], lambda figure, *_, **__: drawn.extend(figure.axes[0].get_lines())
