@@ -261,8 +261,8 @@ def check_prompt(prompt) -> None:
 
 def to_problem(item: Problem | dict) -> Problem:
     """A line of --data, or what a task.py yields, as a Problem."""
-    item = item._asdict() if isinstance(item, tuple) else item
-    if not (isinstance(item, dict) and {"prompt", "answer"} <= item.keys()):
+    item = item._asdict() if hasattr(item, "_asdict") else item
+    if not (hasattr(item, "keys") and {"prompt", "answer"} <= item.keys()):
         raise ValueError("it is no object with a prompt and an answer")
     prompt, solution = item["prompt"], item.get("solution")
     check_prompt(prompt)
@@ -1802,7 +1802,9 @@ def report(run_dir: Path, args: Args) -> None:
     if (args.model, args.task, args.data) == ("tiny", Args.task, ""):
         folder = Path(__file__).resolve().parent.parent / "benchmarks/results"
         plain = "not known here"
-        with contextlib.suppress(OSError, ArithmeticError, LookupError, ValueError):
+        with contextlib.suppress(
+            OSError, ArithmeticError, LookupError, TypeError, ValueError
+        ):
             runs = json.loads((folder / "prefixrl.json").read_text())
             ends = [run["evals"][-1] for run in runs if run["arm"] == "rl"]
             mean = sum(end["eval/hard_pass@1"] for end in ends) / len(ends)
@@ -1844,6 +1846,7 @@ def train(args: Args) -> int:
     parts = model, tokenizer, optimizer
     task = problems, candidates, tests, reward, step, args
     found, hard, prefixed, metrics = prepare(parts, *task)  # phases 1 and 2
+    del problems, task  # what is not a candidate is not needed any more
     total, pass_1 = metrics["flops"], metrics.get("eval/hard_pass@1", math.nan)
     if 0 < args.max_flops <= total:
         fail(f"--max-flops {args.max_flops:.3g}: {total:.3g} spent by step {step}")

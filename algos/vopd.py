@@ -255,8 +255,8 @@ def check_prompt(prompt) -> None:
 def to_problem(item: Problem | dict) -> Problem:
     """A line of --data, or what a task.py yields, as a Problem. An answer that is
     missing or blank is None."""
-    item = item._asdict() if isinstance(item, tuple) else item
-    if not (isinstance(item, dict) and "prompt" in item):
+    item = item._asdict() if hasattr(item, "_asdict") else item
+    if not (hasattr(item, "keys") and "prompt" in item):
         raise ValueError("it is no object with a prompt")
     prompt, solution = item["prompt"], item.get("solution")
     check_prompt(prompt)
@@ -1393,8 +1393,8 @@ def catch_stops() -> list[int]:
 
 
 def batch_indices(count: int, step: int, args: Args) -> np.ndarray:
-    """Which of `count` problems the step is about, this rank's share: every problem
-    once per epoch, in an order that depends on seed and epoch alone."""
+    """Which of `count` problems the step is about, this rank's share. Each is used at
+    most once per epoch, in an order that depends on seed and epoch alone."""
     n = args.prompts_per_step
     epoch, place = divmod(step - 1, count // n)
     order = np.random.default_rng([args.seed, 1, epoch]).permutation(count)

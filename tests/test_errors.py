@@ -206,6 +206,12 @@ PLUGINS = {
         .replace("        return {", "    {"),
         "task.py",
     ),
+    "problem without names": (
+        PLUGIN.replace(
+            '{"prompt": f"{split} {i}:", "answer": i}', '(f"{split} {i}:", i)'
+        ),
+        "no object with a prompt and an answer",
+    ),
     "problem without answer": (
         PLUGIN.replace('"answer"', '"target"'),
         "no object with a prompt and an answer",

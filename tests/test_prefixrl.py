@@ -1249,6 +1249,7 @@ def test_back_generalisation_without_shared_parameters(band):
         ([], "not known here"),
         (["default"], "not known here"),
         (["default", "rl", "rl"], "0.150 (mean of 2 seeds)"),
+        (None, "not known here"),  # a file of the same name in another project
     ],
 )
 def test_table_ends_in_a_traceback(tmp_path, monkeypatch, capsys, script, arms, shown):
@@ -1257,7 +1258,7 @@ def test_table_ends_in_a_traceback(tmp_path, monkeypatch, capsys, script, arms, 
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     monkeypatch.setattr(script, "__file__", str(tmp_path / "algos" / "prefixrl.py"))
     values = [{"eval/hard_pass@1": 0.0}, {"eval/hard_pass@1": 0.15, "flops": 7e9}]
-    runs = [{"arm": arm, "evals": values} for arm in arms]
+    runs = arms and [{"arm": arm, "evals": values} for arm in arms]
     file = tmp_path / "benchmarks" / "results" / "prefixrl.json"
     file.write_text(json.dumps(runs))
     lines = "".join(json.dumps(line) + "\n" for line in values)
