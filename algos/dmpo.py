@@ -86,6 +86,7 @@ from tqdm import tqdm
 # names whose code may differ from their namesakes in other scripts
 OWN = "CURVE", "update", "evaluate", "check"
 CURVE = "eval/sr|eval/qr|eval/qr@16|reward_mean"  # metrics that curve.png shows
+AXIS = "step"  # ... and along what
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 # cuDNN's attention has gradients of NaN at some lengths (pytorch issue 196678)
@@ -666,8 +667,9 @@ def make_optimizer(model, args: Args) -> tuple[torch.optim.Optimizer, int]:
     if not args.resume:
         return optimizer, 0
     file = Path(args.resume, "checkpoint", "state.pt")
-    state = torch.load(file, args.device, weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
+    with blame(f"{file} cannot be resumed"):
+        state = torch.load(file, args.device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
     return optimizer, state["step"]
 
 
@@ -1410,11 +1412,11 @@ def draw_curve(run_dir: Path) -> None:
     names = dict.fromkeys(name for record in records for name in record)
     names = [name for name in names if re.fullmatch(CURVE, name)]
     for name, style in zip(names, ["o-", "s--", "-", ":"]):
-        points = [(r["step"], r[name]) for r in records if name in r]
+        points = [(r[AXIS], r[name]) for r in records if name in r]
         axes.plot(*zip(*points), style, markersize=4, label=name)
     low = 0 if axes.dataLim.ymin >= 0 else None
     title = run_dir.name.replace("$", r"\$")  # no mathematics
-    axes.set(xlabel="step", ylim=(low, None), title=title)
+    axes.set(xlabel=AXIS, ylim=(low, None), title=title)
     axes.legend()
     with blame(f"cannot draw {run_dir}/curve.png"):
         axes.figure.savefig(run_dir / "curve.png", dpi=120)

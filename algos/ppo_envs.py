@@ -26,11 +26,12 @@ in transitions, from consecutive minibatches' g and g': B |g - g'|^2 / (2 g.g').
 
 Differences. Advantages are normalised over the batch, not the minibatch; the value loss
 is not clipped; the learning rate is constant, so that a longer run continues a shorter
-one. Breakout has MinAtar's sticky actions, only the actions with an effect and at most
-1,000 steps. The state of gym:<id> is not saved: --resume begins new episodes there.
-Evaluation episodes of gym:<id> and gymnax:<id> are cut after 10,000 steps. Under
-torchrun each rank has a share of the environments and of each minibatch; random draws
-depend on seed and step alone: the number of ranks changes the speed, not the result.
+one. Batches of 2^21 transitions or more are shuffled in blocks of neighbours. Breakout
+has MinAtar's sticky actions, only the actions with an effect and at most 1,000 steps.
+The state of gym:<id> is not saved: --resume begins new episodes there. Evaluation
+episodes of gym:<id> and gymnax:<id> are cut after 10,000 steps. Under torchrun each
+rank has a share of the environments and of each minibatch; random draws depend on seed
+and step alone: the number of ranks changes the speed, not the result.
 
     python algos/ppo_envs.py
     python algos/ppo_envs.py --num-envs 1048576 --rollout-length 8 --steps 3
@@ -70,8 +71,18 @@ import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-OWN = "CURVE", "blame", "describe", "evaluate", "open_run", "save_checkpoint", "check"
+OWN = (
+    "CURVE",
+    "AXIS",
+    "blame",
+    "describe",
+    "evaluate",
+    "open_run",
+    "save_checkpoint",
+    "check",
+)
 CURVE = "(eval/)?episode_return"  # metrics that curve.png shows
+AXIS = "transitions"  # ... and along what
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 PIECE = {"cpu": 2**13, "mps": 2**16, "cuda": 2**20}  # rows at once: fit the cache
@@ -757,19 +768,24 @@ def learn(agent: Agent, batch: dict, args: Args) -> dict:
     (size, _), total = recipe(args), args.num_envs * args.rollout_length
     advantages, returns = batch["advantages"], batch["returns"]
     (mean, var), (_, spread) = (moments(x.flatten()) for x in (advantages, returns))
-    advantages = (advantages - mean) / (var.sqrt() + 1e-8)
+    advantages.sub_(mean).div_(var.sqrt() + 1e-8)
+    # neighbours are different environments: shuffling blocks of them is as good
+    most = 2 ** max(0, total.bit_length() - 21)
+    block = math.gcd(size, args.num_envs // WORLD_SIZE, most)
     data = batch["obs"], batch["actions"], batch["logprobs"], advantages, returns
-    data = [x.flatten(0, 1) for x in data]
-    take = lambda rows: [x.index_select(0, rows) for x in data]
+    data = [x.flatten(0, 1).unflatten(0, (-1, block)) for x in data]
+    take = lambda rows: [x.index_select(0, rows).flatten(0, 1) for x in data]
+    width, most = args.num_envs // block, max(1, PIECE[args.device] // block)
     # states for the KL, the same for any number of ranks
     places = torch.arange(0, total, math.ceil(total / 2**12), device=args.device)
-    states = data[0][own_rows(places, args.num_envs)]
+    states = batch["obs"].flatten(0, 1)[own_rows(places, args.num_envs)]
     before = agent.policy(agent.outputs(states))
     agent.sums.zero_()
     for _ in range(args.epochs):
         agent.last.zero_()
-        for rows in torch.randperm(total, device=args.device).split(size):
-            *pieces, last = own_rows(rows, args.num_envs).split(PIECE[args.device])
+        order = torch.randperm(total // block, device=args.device)
+        for rows in order.split(size // block):
+            *pieces, last = own_rows(rows, width).split(most)
             for piece in pieces:
                 add(agent, args, *take(piece))
             step(agent, args, *take(last))
@@ -919,11 +935,11 @@ def draw_curve(run_dir: Path) -> None:
     names = dict.fromkeys(name for record in records for name in record)
     names = [name for name in names if re.fullmatch(CURVE, name)]
     for name, style in zip(names, ["o-", "s--", "-", ":"]):
-        points = [(r["step"], r[name]) for r in records if name in r]
+        points = [(r[AXIS], r[name]) for r in records if name in r]
         axes.plot(*zip(*points), style, markersize=4, label=name)
     low = 0 if axes.dataLim.ymin >= 0 else None
     title = run_dir.name.replace("$", r"\$")  # no mathematics
-    axes.set(xlabel="step", ylim=(low, None), title=title)
+    axes.set(xlabel=AXIS, ylim=(low, None), title=title)
     axes.legend()
     with blame(f"cannot draw {run_dir}/curve.png"):
         axes.figure.savefig(run_dir / "curve.png", dpi=120)

@@ -89,6 +89,7 @@ OWN = (
     "print_table",
 )  # fmt: skip
 CURVE = "eval/pass@.*|eval/reverse_kl"  # metrics that curve.png shows
+AXIS = "step"  # ... and along what
 RANK = int(os.environ.get("RANK", 0))  # of torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 # cuDNN's attention has gradients of NaN at some lengths (pytorch issue 196678)
@@ -541,12 +542,14 @@ def same_vocabulary(model, tokenizer, teacher, teacher_tokenizer) -> None:
 
 def share_weights(teacher, model) -> None:
     """Let a teacher with the same base as the student (--lora-rank) use the student's
-    frozen weights instead of a copy of them. Each keeps its own adapter, or none."""
+    frozen weights instead of copies of them. Each keeps what its adapter adds."""
     bare = lambda name: name.replace(".base_layer", "")  # a name without adapters
-    frozen = {bare(name): weight for name, weight in model.named_parameters()}
+    weights = model.named_parameters()
+    frozen = {bare(name): x for name, x in weights if not x.requires_grad}
     for name, weight in teacher.named_parameters():
-        if "lora_" not in name:
-            weight.data = frozen[bare(name)].data
+        same = frozen.get(bare(name))  # an adapter may have changed a bias
+        if same is not None and torch.equal(weight, same.to(weight.device)):
+            weight.data = same.data
 
 
 def add_lora(model, args: Args) -> None:
@@ -580,8 +583,9 @@ def make_optimizer(model, args: Args) -> tuple[torch.optim.Optimizer, int]:
     if not args.resume:
         return optimizer, 0
     file = Path(args.resume, "checkpoint", "state.pt")
-    state = torch.load(file, args.device, weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
+    with blame(f"{file} cannot be resumed"):
+        state = torch.load(file, args.device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
     return optimizer, state["step"]
 
 
@@ -1278,11 +1282,11 @@ def draw_curve(run_dir: Path) -> None:
     names = dict.fromkeys(name for record in records for name in record)
     names = [name for name in names if re.fullmatch(CURVE, name)]
     for name, style in zip(names, ["o-", "s--", "-", ":"]):
-        points = [(r["step"], r[name]) for r in records if name in r]
+        points = [(r[AXIS], r[name]) for r in records if name in r]
         axes.plot(*zip(*points), style, markersize=4, label=name)
     low = 0 if axes.dataLim.ymin >= 0 else None
     title = run_dir.name.replace("$", r"\$")  # no mathematics
-    axes.set(xlabel="step", ylim=(low, None), title=title)
+    axes.set(xlabel=AXIS, ylim=(low, None), title=title)
     axes.legend()
     with blame(f"cannot draw {run_dir}/curve.png"):
         axes.figure.savefig(run_dir / "curve.png", dpi=120)

@@ -637,6 +637,18 @@ def test_lost_file_of_a_run_is_a_traceback(lost, train, tmp_path):
     assert code == 2 and "run cannot be resumed" in errors and lost in errors
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_optimiser_of_another_version_is_a_traceback(name, train, tmp_path):
+    """A state that was saved for other parameters is named in one line."""
+    assert train(name, PLUGIN)[0] == 0
+    file = tmp_path / "run/checkpoint/state.pt"
+    state = torch.load(file, weights_only=True)
+    state["optimizer"]["param_groups"][0]["params"].append(10**6)
+    torch.save(state, file)
+    code, errors = train(name, PLUGIN, "--resume", "run", "--steps", "2")
+    assert code == 2 and "state.pt cannot be resumed" in errors
+
+
 def test_stray_file_becomes_part_of_a_checkpoint(grpo, small_folder, tmp_path):
     """What a killed save left in checkpoint.new must not come into the next one: an
     adapter's config there makes another model of it."""

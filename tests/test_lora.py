@@ -357,9 +357,9 @@ def test_shared_teacher_is_the_student(teacher, cli, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["of-teacher", "model"])
-def test_failure_in_the_teachers_pass_saves_the_teacher(cli, name):
-    """What is saved is the adapter that is on: a pass of the teacher that runs out of
-    memory must not leave the teacher's there, nor the student's off."""
+def test_sharing_of_weights_changes_a_model(cli, name):
+    """The student and the teacher say what they said before, and the student's adapter
+    alone is trained, also after a failed pass of the teacher."""
     save_adapter("student", "model", seed=1)
     save_adapter("of-teacher", "model", seed=2)
     script = load_script("vopd")
@@ -378,6 +378,36 @@ def test_failure_in_the_teachers_pass_saves_the_teacher(cli, name):
     assert torch.equal(model(ids).logits, wanted[0])
     assert equal(adapters(model), before)
     assert all(x.requires_grad == ("lora_" in k) for k, x in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["biases", "ia3"])
+def test_sharing_overwrites_what_an_adapter_trained(kind, tmp_path):
+    """An adapter of a teacher may have trained biases of the base, or not be of LoRA:
+    what differs from the student's weights is not shared, all else is."""
+    script, tokenizer = load_script("vopd"), char_tokenizer()
+    base = small_qwen3(len(tokenizer), attention_bias=True)
+    base = save_model(tmp_path / "base", base, tokenizer)
+    args = cpu_args(script, lora_rank=2, teacher=str(tmp_path / "teacher"))
+    model, _ = script.load_model(base, args)
+    config = peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    if kind == "biases":
+        config = peft.LoraConfig(r=2, target_modules="all-linear", bias="all")
+    model.add_adapter(config)
+    trained = [x for x in model.parameters() if x.requires_grad]
+    for weight in trained:
+        weight.data += 0.1 * torch.randn_like(weight)
+    save_model(tmp_path / "teacher", model, tokenizer)
+    teacher, _ = script.load_teacher([], args)
+    student, _ = script.load_model(base, args)
+    script.add_lora(student, args)
+    ids = torch.tensor([[5, 6, 7]])
+    wanted = teacher(ids).logits, student(ids).logits
+    assert not torch.equal(*wanted)
+    script.share_weights(teacher, student)
+    assert torch.equal(teacher(ids).logits, wanted[0])
+    assert torch.equal(student(ids).logits, wanted[1])
+    theirs, ours = ([x.data_ptr() for x in m.parameters()] for m in (teacher, student))
+    assert len({*theirs} - {*ours}) == len(trained)
 
 
 def test_shared_teacher_is_said_to_be_untrained(cli, monkeypatch):

@@ -355,7 +355,7 @@ def test_step_is_not_that_of_clipped_adam(ppo, float64, max_norm):
         p.data = x.view(p.shape[::-1]).T if p.ndim == 2 else x
         place += p.numel()
     optimizer = torch.optim.Adam(weights, args.learning_rate, eps=1e-5)
-    advantages, returns = batch["advantages"], batch["returns"]
+    advantages, returns = batch["advantages"].clone(), batch["returns"]
     advantages = (advantages - advantages.mean()) / advantages.std(correction=0)
     rows = lambda x: x.flatten(0, 1)
     obs, actions, old = (rows(batch[x]) for x in ("obs", "actions", "logprobs"))
@@ -522,13 +522,15 @@ def test_minibatch_grows_with_num_envs(ppo):
     assert ppo.recipe(wrong) == (2048, pytest.approx(2e-3))
 
 
-def test_shuffle_loses_transitions(ppo, monkeypatch):
+@pytest.mark.parametrize("block", [1, 16])
+def test_shuffle_loses_transitions(ppo, block, monkeypatch):
     """Each epoch shows each transition once, whole, in minibatches of the given
     size."""
     agent, batch, args = learner(ppo, epochs=2)
     batch["logprobs"] = torch.arange(512.0).view(32, 16)  # a name for each transition
     batch["obs"][..., 0] = batch["logprobs"]
-    seen, loss = [], ppo.total_loss
+    seen, gcd, loss = [], math.gcd, ppo.total_loss
+    monkeypatch.setattr(ppo.math, "gcd", lambda *x: block if len(x) == 3 else gcd(*x))
 
     def spy(agent, args, theta, obs, actions, logprobs, *rest):
         assert torch.equal(obs[:, 0], logprobs)
@@ -966,7 +968,7 @@ def test_ranks_have_another_kl(torchrun, tmp_path):
 def test_curve_has_a_point_before_the_first_episode_ends(ppo, tmp_path, monkeypatch):
     """matplotlib takes a plot of nothing but a style for a category: an axis of words,
     and a point that nobody measured."""
-    lines = {"step": 0, "eval/episode_return": 9.0}, {"step": 1}
+    lines = {"transitions": 0, "eval/episode_return": 9.0}, {"transitions": 64}
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text)
     drawn, keep = [], lambda figure, *_, **__: drawn.extend(figure.axes[0].get_lines())
