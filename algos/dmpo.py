@@ -1162,17 +1162,19 @@ def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, 
         advantages = torch.zeros_like(advantages)
     weights, z = loss_weights(mask, args.normalization, args.max_new_tokens)
     z, clips = all_reduce(z), (args.clip_low, args.clip_high)
-    longest = mask.sum(-1).view(-1, args.group_size).amax(-1)
+    longest = mask.sum(-1).view(-1, args.group_size).amax(-1)  # (B / G,)
     order = torch.arange(len(mask), device=mask.device).view(-1, args.group_size)
     order = order[longest.argsort(stable=True)].flatten()  # similar lengths together
-    live = order[(mask.any(-1) & ((advantages != 0) | (args.kl_coef > 0)))[order]]
+    used = mask.any(-1) & ((advantages != 0) | (args.kl_coef > 0))  # (B,)
+    live = order[used[order]]  # the rows to train on, in that order
     size, G = args.micro_batch_size, args.group_size
     if args.dm_coef:  # groups of equal rewards too: they pull q to uniform
         live, size = order, size // G * G
     counted = mask.any(-1).view(-1, G)  # completions with a token in the loss
     counts = torch.stack([counted.any(-1).sum(), counted.sum()]).float()
     groups, n = all_reduce(counts).clamp(min=1)
-    old, ref = rollout.logprobs.clone(), rollout.logprobs.clone()
+    old = rollout.logprobs.clone()  # log pi_old: of live rows, scored when i is 0
+    ref = torch.zeros_like(old)  # log pi_ref: likewise, if there is a KL term
     for i in range(args.updates_per_batch):
         totals = torch.zeros(5, device=mask.device)
         pulls = torch.zeros(5, device=mask.device)  # what is logged beside grpo.py
