@@ -343,7 +343,8 @@ def test_step_is_not_that_of_clipped_adam(ppo, float64, max_norm):
     """Weights after four epochs are those of torch's own autograd, clip_grad_norm_ and
     Adam on networks of torch.nn, minibatch after minibatch; and so are the statistics
     on the way there."""
-    agent, batch, args = learner(ppo, max_grad_norm=max_norm, value_coef=0.7)
+    weights = dict(value_coef=0.7, entropy_coef=0.3)
+    agent, batch, args = learner(ppo, max_grad_norm=max_norm, **weights)
     layer, tanh = torch.nn.Linear, torch.nn.Tanh
     nets = [
         torch.nn.Sequential(layer(6, 8), tanh(), layer(8, 8), tanh(), layer(8, n))
@@ -372,12 +373,13 @@ def test_step_is_not_that_of_clipped_adam(ppo, float64, max_norm):
             gain = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).mean()
             errors = (nets[1](obs[i].double())[:, 0] - rows(returns)[i]) ** 2
             optimizer.zero_grad()
-            (0.35 * errors.mean() - gain).backward()
+            entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
+            (0.35 * errors.mean() - gain - 0.3 * entropy).backward()
             gradient = torch.cat([p.grad.flatten() for p in nets[0].parameters()])
             if last is not None:  # 64 |g - g'|^2 / 2 and g.g' over disjoint data
                 spread = ((gradient - last) ** 2).sum() / 2
                 noise += torch.stack([64 * spread, gradient @ last])
-            last, entropy = gradient, -(logprobs.exp() * logprobs).sum(-1).mean()
+            last = gradient
             out = torch.where(a > 0, ratio > 1.2, ratio < 0.8).double().mean()
             found.append(torch.stack([-gain, errors.mean() / 2, entropy, out]).detach())
             norms.append(torch.nn.utils.clip_grad_norm_(weights, max_norm))

@@ -68,6 +68,24 @@ def test_metric_is_missing_or_constant(cli, tmp_path):
         assert 0 <= line["eval/pass@1"] <= line["eval/pass@8"] <= 1
 
 
+def test_epochs_repeat_an_order_or_a_problem(grpo, monkeypatch):
+    """10 problems in batches of 4: two steps an epoch, no problem twice in one, another
+    order in the next, and the ranks divide a step."""
+    args = cpu_args(grpo, prompts_per_step=4)
+    steps = [grpo.batch_indices(10, step, args).tolist() for step in range(1, 9)]
+    epochs = [steps[i] + steps[i + 1] for i in range(0, 8, 2)]
+    assert all(len({*epoch}) == 8 for epoch in epochs)
+    assert len({*map(tuple, epochs)}) == 4 and len({x for y in epochs for x in y}) == 10
+    other = dataclasses.replace(args, seed=args.seed + 1)
+    assert grpo.batch_indices(10, 1, other).tolist() != steps[0]
+    monkeypatch.setattr(grpo, "WORLD_SIZE", 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(grpo, "RANK", rank)
+        shares.append(grpo.batch_indices(10, 1, args).tolist())
+    assert [x for pair in zip(*shares) for x in pair] == steps[0]
+
+
 def test_sample_or_its_reward_is_missing(cli, tmp_path):
     """Whoever only reads curves sees reward hacking last: each step dumps a prompt, its
     group of completions and their rewards, those that were scored."""
