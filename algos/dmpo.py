@@ -43,7 +43,7 @@ are for a tiny model; the rate is constant after a warm-up.
 The first learns to find large independent sets in small graphs, with nothing to
 download, in a few minutes on 2 CPU cores: quality (eval/qr) rises, distinct answers and
 the best of 16 (eval/qr@16) fall. They do so with GRPO as well (--dm-coef 0); with
---dm-coef 40 the best of 16 rises (README.md has the measurements).
+--dm-coef 40 the best of 16 rises (benchmarks/README.md has the measurements).
 """
 
 from __future__ import annotations

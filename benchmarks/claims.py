@@ -4,7 +4,7 @@
     python benchmarks/claims.py all --quick        (two seeds, never published)
 
 Writes benchmarks/results/<script>.json, one run a line, and the pages that report.py
-makes of it; benchmarks/readme.py takes them over into README.md.
+makes of it; benchmarks/readme.py takes them over into benchmarks/README.md.
 
 Runs. Every run is a process of the script's own command line; nothing is imported. It
 stands in <work>/<script>/s<seed>/, with that seed's runs/cache (base models, teachers,

@@ -1,6 +1,6 @@
 """A hash of programs that comments, docstrings and layout do not change.
 
-Results carry the one of what they measured, so that README.md can say which are of
+Results carry the one of what they measured, so that the READMEs can say which are of
 older code. Imports nothing that a machine with a GPU may lack.
 """
 

@@ -5,7 +5,8 @@
 Rounding alone makes other base models, so a set that was run again with newer code is
 another sample. Prints each claim that all sets have runs for: its difference with its
 95 % interval and verdict in each set, oldest first, and over their means, seed by seed.
-The earlier sets are read from this repository's history; README.md quotes them.
+The earlier sets are read from this repository's history; README.md beside it quotes
+them.
 """
 
 from __future__ import annotations

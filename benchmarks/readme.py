@@ -1,9 +1,10 @@
-"""Write what README.md says of results, and the result pages, from the JSON files.
+"""Write what the READMEs say of results, and the result pages, from the JSON files.
 
     python benchmarks/readme.py           (rewrite)
     python benchmarks/readme.py --check   (exit code 1 if a rewrite would change a text)
 
-Rewritten is what stands in README.md between <!-- KIND:SCRIPT --> and <!-- end -->:
+Rewritten is what stands in README.md and benchmarks/README.md between
+<!-- KIND:SCRIPT --> and <!-- end -->:
 
     cell      what the default arm reached, for the table of algorithms
     findings  what the claims say, for that table
@@ -13,7 +14,8 @@ Rewritten is what stands in README.md between <!-- KIND:SCRIPT --> and <!-- end 
               estimator_cost, gradient_variance, prefix_gradients, combination_lock,
               env_speed; memory, memory_4096: of memory-cpu.json, memory-cpu-4096.json;
               gpu: of the first gpu-<name>.json; again: of the folder again/;
-              hours: what all runs took
+              hours: what all runs took; verdicts: how many claims got which;
+              speed: the ratios of vs_trl and env_speed
 """
 
 from __future__ import annotations
@@ -96,6 +98,8 @@ FINDINGS = {  # (claim, the verdict that makes it true, sentence)
 }  # fmt: skip
 NOT_YET = "not measured yet"
 PACKAGES = "torch", "transformers"
+PAGES = "README.md", "benchmarks/README.md"
+VERDICTS = "replicated", "not replicated", "inconclusive", "not measured"
 ABOUT_GPU = (
     "random weights in Qwen3's shapes, {new_tokens} new tokens if nothing else is "
     "said; a step: {prompts} x 8 completions of {step_tokens} tokens in micro-batches "
@@ -186,9 +190,9 @@ def results(script: str, runs: list[dict]) -> str:
     intro += f" {old} of {len(whole)} runs are of older code." * bool(old)
     own = [run for run in runs if run["arm"] == "default"]
     arms = report.arm_table(own, claims.METRICS[script].split())
-    judged = [(c, report.judge(runs, c)) for c in claims.CLAIMS[script]]
     rows, missing = [], []
-    for claim, found in judged:
+    for claim in claims.CLAIMS[script]:
+        found = report.judge(runs, claim)
         if not found["seeds"]:
             missing.append(claim.text)
         else:
@@ -205,6 +209,14 @@ def results(script: str, runs: list[dict]) -> str:
     return "\n\n".join(["", *parts, ""]).removeprefix("\n")
 
 
+def ratio_range(ratios: list[float]) -> str:
+    """The median and the range, if there are any."""
+    if not ratios:
+        return ""
+    middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
 def vs_trl(found: dict) -> tuple[str, list[str], list[list[str]]]:
     """Speed and memory beside TRL's trainer: introduction, columns, rows."""
     names = {
@@ -215,13 +227,11 @@ def vs_trl(found: dict) -> tuple[str, list[str], list[list[str]]]:
     columns += ["peak memory, MB", "TRL"]
     rows = []
     for case, sides in found["cases"].items():
-        low, high = min(sides["ratios"]), max(sides["ratios"])
         speeds, peaks = (
             [f"{sides[side][key]:.0f}" for side in ("ours", "trl")]
             for key in ("completions_per_second", "peak_mb")
         )
-        ratio = f"{sides['ratio']:.2f} ({low:.2f} to {high:.2f})"
-        rows.append([names[case], *speeds, ratio, *peaks])
+        rows.append([names[case], *speeds, ratio_range(sides["ratios"]), *peaks])
     shapes = found["settings"]
     intro = f"{shapes['prompts']} x {shapes['group']} completions of up to "
     intro += f"{shapes['max_new_tokens']} tokens, {shapes['threads']} threads, TRL "
@@ -384,9 +394,7 @@ def env_speed(found: dict) -> tuple[str, list, list, list, list]:
         eager = turns.get(f"ours, {n}, not compiled", {"seconds": []})
         for mine, clock in (compiled, 0), (compiled, 1), (eager, 0):
             pairs = list(zip(mine["seconds"], peer["seconds"]))
-            ratios = [its[clock] / ours[clock] for ours, its in pairs] or [math.nan]
-            ends = statistics.median(ratios), min(ratios), max(ratios)
-            cells.append("{:.2f} ({:.2f} to {:.2f})".format(*ends) if pairs else "")
+            cells.append(ratio_range([its[clock] / ours[clock] for ours, its in pairs]))
         rows.append(cells)
     intro = f"CartPole-v1, --compile {found['flags']['compile']} (without the flag it "
     intro += "is on from 16,384 gradient steps up), two hidden layers of 64, "
@@ -563,10 +571,45 @@ def hours() -> str:
     return f"\n{report.table(['', '', 'hours'], rows)}\n\n"
 
 
+def verdicts() -> str:
+    """How many claims got which verdict, by command; and its picture."""
+    by = {}
+    for script in filter(read, claims.ARMS):
+        judged = [report.judge(read(script), x) for x in claims.CLAIMS[script]]
+        by[f"claims.py {script}"] = [found["verdict"] for found in judged]
+    for name in filter(read, claims.GRADIENT_CLAIMS):
+        _, rows = gradient_claims(name, read(name))
+        by[f"{name}.py"] = [row[-1] for row in rows]
+    if found := read("combination_lock"):
+        by["combination_lock.py"] = [row[-1] for row in combination_lock(found)[-1]]
+    rows = []
+    for program, found in by.items():
+        name = program.removeprefix("claims.py ").removesuffix(".py")
+        path = claims.RESULTS / f"{name}.png"
+        link = f"[{name}]({path.relative_to(claims.ROOT).as_posix()})" * path.exists()
+        counts = [str(found.count(verdict)) for verdict in VERDICTS]
+        rows.append([f"`python benchmarks/{program}`", *counts, link])
+    return f"\n{report.table(['claims tested by', *VERDICTS, 'picture'], rows)}\n\n"
+
+
+def ratios_of_speed() -> str:
+    """The ratios of vs_trl.py and of env_speed.py, those of each rewards or peer."""
+    rows = []
+    if found := read("vs_trl"):
+        for what, *_, ratio, _, _ in vs_trl(found)[-1]:
+            rows.append(["`grpo.py`", f"TRL's GRPOTrainer ({what})", ratio])
+    if found := read("env_speed"):
+        for peer, envs, *_, ratio, _, _ in env_speed(found)[-1]:
+            rows.append(["`ppo_envs.py`", f"{peer} ({envs} environments)", ratio])
+    return f"\n{report.table(['ours', 'theirs', 'ratio'], rows)}\n\n"
+
+
 def numbers(name: str, found: dict) -> str:
     """The table of another benchmark, with its command."""
-    if name in ("again", "hours"):
-        return again() if name == "again" else hours()
+    tables = {"again": again, "hours": hours, "verdicts": verdicts}
+    tables["speed"] = ratios_of_speed
+    if name in tables:
+        return tables[name]()
     file = name
     if name == "gpu":
         file = next((x.stem for x in sorted(claims.RESULTS.glob("gpu-*.json"))), name)
@@ -604,14 +647,15 @@ def numbers(name: str, found: dict) -> str:
     return "\n".join(["", intro, "", *(f"{table}\n" for table in shown), ""])
 
 
-def rewrite(text: str) -> str:
-    """The README with every marked part as the JSON files have it."""
+def rewrite(text: str, folder: str) -> str:
+    """A README of that folder with every marked part as the JSON files have it."""
     kinds = {"cell": cell, "findings": findings, "picture": picture}
     kinds |= {"results": results, "numbers": numbers}
 
     def fill(match: re.Match) -> str:
         begin, kind, script, _, end = match.groups()
-        return f"{begin}{kinds[kind](script, read(script))}{end}"
+        filled = kinds[kind](script, read(script))
+        return f"{begin}{filled.replace(f']({folder}/', '](')}{end}"
 
     return MARKED.sub(fill, text)
 
@@ -635,17 +679,20 @@ def main(argv: list[str] | None = None) -> int:
             gradients.draw(found, claims.RESULTS / f"{name}.png")
     if not check and (found := read("env_speed")):
         speed.draw(found, claims.RESULTS / "env_speed.png")
-    path = claims.ROOT / "README.md"
-    old = path.read_text()
+    pages = [path for page in PAGES if (path := claims.ROOT / page).exists()]
+    texts = {path: path.read_text() for path in pages}
     wrong += [
-        f"README.md has no <!-- results:{script} -->"
+        f"no README has <!-- results:{script} -->"
         for script in measured
-        if f"<!-- results:{script} -->" not in old
+        if not any(f"<!-- results:{script} -->" in text for text in texts.values())
     ]
-    if not check:
-        path.write_text(rewrite(old))
-    elif rewrite(old) != old:
-        wrong.append("README.md is not what the JSON files say")
+    for path, old in texts.items():
+        new = rewrite(old, path.parent.relative_to(claims.ROOT).as_posix())
+        if not check:
+            path.write_text(new)
+        elif new != old:
+            name = path.relative_to(claims.ROOT)
+            wrong.append(f"{name} is not what the JSON files say")
     for line in wrong:
         print(f"error: {line}: run python benchmarks/readme.py", file=sys.stderr)
     return int(bool(wrong))

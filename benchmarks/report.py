@@ -145,7 +145,7 @@ def interval(values) -> tuple[float, float, float]:
     return bootstrap(tuple(map(float, values)))
 
 
-@functools.cache  # a page and README.md ask for the same ones
+@functools.cache  # a page and two READMEs ask for the same ones
 def bootstrap(values: tuple[float, ...]) -> tuple[float, float, float]:
     """What interval() gives."""
     if len(values) < 2 or np.ptp(values) == 0:

@@ -794,6 +794,28 @@ def test_readme_and_results_disagree():
     assert readme.main(["--check"]) == 0
 
 
+def test_verdicts_are_miscounted():
+    """README.md counts the verdicts that stand in the rows of benchmarks/README.md."""
+    top, page = ((ROOT / x).read_text() for x in readme.PAGES)
+    part = r"<!-- (?:results|numbers):(\w+) -->(.*?)<!-- end -->"
+    rows = rf"\| ({'|'.join(readme.VERDICTS)}) \|$"
+    of = {
+        name: re.findall(rows, text, re.M)
+        for name, text in re.findall(part, page, re.S)
+    }
+    counted = (
+        r"^\| `python benchmarks/(?:claims.py )?(\w+)(?:.py)?` \| (\d[\d| ]+\d) \|"
+    )
+    counts = {
+        name: cells.split(" | ") for name, cells in re.findall(counted, top, re.M)
+    }
+    assert counts == {
+        name: [str(found.count(verdict)) for verdict in readme.VERDICTS]
+        for name, found in of.items()
+        if found
+    }
+
+
 @pytest.fixture
 def papers(tmp_path, monkeypatch):
     """A README with a row and a part about grpo and vopd; grpo is measured."""
@@ -857,7 +879,7 @@ def test_edit_by_hand_is_not_seen(papers, what, capsys):
         "json": ("results/grpo.json", '"eval/pass@1": 0.35', '"eval/pass@1": 0.45'),
         "page": ("results/grpo.md", "**not measured**", "**replicated**"),
         "marker": ("README.md", "<!-- results:grpo -->", ""),
-        "numbers": ("results/vs_trl.json", '"ratio": 2.0', '"ratio": 3.0'),
+        "numbers": ("results/vs_trl.json", '"ratios": [1.5,', '"ratios": [1.6,'),
     }[what]
     text = (papers / path).read_text()
     assert old in text

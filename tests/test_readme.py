@@ -1,4 +1,4 @@
-"""What README.md tells a reader to type works as it stands there."""
+"""What the READMEs tell a reader to type works as it stands there."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from conftest import ROOT, load_script
 
 INSTALL = "pip install -r requirements.txt && "
 MAIN = [INSTALL + "python algos/grpo.py", INSTALL + "pytest"]
+PAGES = "README.md", "benchmarks/README.md"
+each_page = pytest.mark.parametrize("page", PAGES)
 
 
-def readme() -> str:
-    """The text of README.md."""
-    assert (ROOT / "README.md").is_file(), "there is no README.md yet"
-    return (ROOT / "README.md").read_text("utf-8")
+def readme(page: str = "README.md") -> str:
+    """The text of a README."""
+    return (ROOT / page).read_text("utf-8")
 
 
 def blocks(text: str, *languages: str) -> list[str]:
@@ -62,11 +63,12 @@ def test_main_command_is_missing():
         assert command in lines
 
 
-def test_command_does_not_parse():
+@each_page
+def test_command_does_not_parse(page):
     """A flag that was renamed, a value that is not allowed, a script that is not there:
     each `algos/<script>.py` command is read by that script's own Args."""
-    found = [call for command in commands(readme()) for call in calls(command)]
-    assert found
+    found = [call for command in commands(readme(page)) for call in calls(command)]
+    assert found or page != "README.md"
     for name, flags in found:
         assert (ROOT / "algos" / f"{name}.py").is_file(), name
         try:
@@ -114,21 +116,27 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-def test_link_or_picture_leads_nowhere():
+def headings(path: Path) -> set[str]:
+    """The anchors of a Markdown file."""
+    outside = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S)
+    return {slug(x) for x in re.findall(r"^#+ (.+)$", outside, re.M)}
+
+
+@each_page
+def test_link_or_picture_leads_nowhere(page):
     """Every relative link, picture and anchor has its target, inside the repository."""
-    text = readme()
-    outside = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    outside = re.sub(r"^```.*?^```", "", readme(page), flags=re.M | re.S)
     links = re.findall(r"\]\(\s*<?([^)\s>]+)", outside)
     links += re.findall(r"(?:src|href)=[\"']([^\"']+)", outside)
     links += re.findall(r"^\[[^\]]+\]:\s*(\S+)", outside, re.M)
-    headings = {slug(x) for x in re.findall(r"^#+ (.+)$", outside, re.M)}
     for link in links:
         path, _, anchor = link.partition("#")
         if re.match(r"[a-z]+:", link):
             continue
-        target = os.path.normpath(ROOT / path)
-        assert Path(target).is_relative_to(ROOT) and Path(target).exists(), link
-        assert path or anchor in headings, link
+        start = ROOT / page
+        target = Path(os.path.normpath(start.parent / path)) if path else start
+        assert target.is_relative_to(ROOT) and target.exists(), link
+        assert not anchor or anchor in headings(target), link
 
 
 def test_named_test_is_gone_or_of_another_report():
@@ -143,16 +151,18 @@ def test_named_test_is_gone_or_of_another_report():
         assert named and report in ast.get_docstring(named[0]), name
 
 
-def test_placeholder_is_left():
+@each_page
+def test_placeholder_is_left(page):
     """No number that was still to be filled in."""
-    assert not re.findall(r"@@\w+@@|TODO|FIXME|XXX", readme())
+    assert not re.findall(r"@@\w+@@|TODO|FIXME|XXX", readme(page))
 
 
-@pytest.mark.parametrize("kind", ["link", "picture", "snippet", "flag"])
+@pytest.mark.parametrize("kind", ["link", "anchor", "picture", "snippet", "flag"])
 def test_broken_readme_is_not_seen(tmp_path, monkeypatch, kind):
     """The checks above do fail on what they are there for."""
     wrong = {
         "link": "[x](no/such/file.py)",
+        "anchor": "[x](README.md#no-such-part)",
         "picture": '<img src="no/such.png">',
         "snippet": "```python\nraise ValueError\n```",
         "flag": "```sh\npython algos/grpo.py --no-such-flag 1\n```",
@@ -161,10 +171,10 @@ def test_broken_readme_is_not_seen(tmp_path, monkeypatch, kind):
     (tmp_path / "algos").symlink_to(ROOT / "algos")
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     with pytest.raises((AssertionError, ValueError)):
-        if kind in ("link", "picture"):
-            test_link_or_picture_leads_nowhere()
+        if kind in ("link", "anchor", "picture"):
+            test_link_or_picture_leads_nowhere("README.md")
         elif kind == "snippet":
             (tmp_path / "elsewhere").mkdir()
             test_python_snippet_does_not_run(tmp_path / "elsewhere", monkeypatch)
         else:
-            test_command_does_not_parse()
+            test_command_does_not_parse("README.md")
