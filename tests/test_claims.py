@@ -924,6 +924,33 @@ def test_finding_is_written_for_another_verdict(papers, monkeypatch, capsys):
     assert (papers / "README.md").read_text() == text
 
 
+def test_cell_is_of_another_metric_or_arm():
+    """The table of algorithms: shares of the way are means over the seeds of the
+    default arm, the gain of held-out problems is not that of those trained on, and the
+    worst seed is the worst at its end."""
+    names = ("pass@1", "teacher_pass@1", "reverse_kl")
+    ends = {
+        1: [(0.1, 0.5, 0.4), (0.2, 0.9, 0.1)],
+        2: [(0.2, 0.6, 0.5), (0.4, 0.9, 0.3)],
+    }
+    curves = {
+        s: dict(zip((f"e__{x}" for x in names), zip(*v))) for s, v in ends.items()
+    }
+    runs = [record("default", seed, **curve) for seed, curve in curves.items()]
+    runs += [record("full", 1, e__reverse_kl=[0.4, 0.0])]
+    text = readme.cell("vopd", runs)  # (1/4 + 1/2) / 2 and (3/4 + 2/5) / 2
+    assert "pass@1 +0.150 [" in text and "38% of its distance" in text
+    assert "(mean of 2 seeds), and 58% of" in text
+    two = {"e__hard_pass@1": [0.0, 0.5], "e__pass@1": [0.1, 0.3]}
+    text = readme.cell("prefixrl", [record("default", s, **two) for s in range(5)])
+    assert "+0.500 [+0.500, +0.500] on those trained on, +0.200 [+0.200" in text
+    scores = [[9.0, 300.0], [20.0, 250.0, 400.0], [30.0, 260.0]]
+    runs = [record("default", i, e__episode_return=x) for i, x in enumerate(scores)]
+    assert "the worst of 3 seeds ends at a mean return of 260 of" in readme.cell(
+        "ppo_envs", runs
+    )
+
+
 def test_run_without_a_time_counts_as_none(papers):
     """What all takes: a run that was resumed counts as the others of its arm do, or by
     the speed that it logged."""
