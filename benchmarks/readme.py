@@ -90,8 +90,8 @@ FINDINGS = {  # (claim, the verdict that makes it true, sentence)
     ],
     "ppo_envs": [
         ("Ours: up to 1,024 environments, more end higher with the recipe",
-         "replicated", "On Breakout more environments end higher up to 1,024 (a cut "
-         "made after the runs were seen),"),
+         "replicated", "With the recipe, more environments end higher on Breakout up "
+         "to 1,024 (a cut made after the runs were seen),"),
         ("1M environments: with the recipe, more of them end higher", "not replicated",
          "but not beyond that within 3.7 million transitions."),
     ],
@@ -101,13 +101,14 @@ PACKAGES = "torch", "transformers"
 PAGES = "README.md", "benchmarks/README.md"
 VERDICTS = "replicated", "not replicated", "inconclusive", "not measured"
 ABOUT_GPU = (
-    "random weights in Qwen3's shapes, {new_tokens} new tokens if nothing else is "
-    "said; a step: {prompts} x 8 completions of {step_tokens} tokens in micro-batches "
-    "of 16; loss and backward pass: {scored:,} tokens, V = {vocab:,}, against the same "
-    "from whole logits. Other lengths: one token in 128 ends. The scripts keep weights "
-    "in fp32 and multiply in bf16; transformers' own had them in bf16. GB: 2^30 bytes. "
-    "Sampled log-probs (bf16) differ from scored ones by {mean:.4f} on average and "
-    "{max:.4f} at most. torch {torch}, transformers {transformers}."
+    "random weights in Qwen3's shapes, {new_tokens} new tokens unless stated; a step: "
+    "{prompts} x 8 completions of {step_tokens} tokens in micro-batches of 16; loss "
+    "and backward pass: {scored:,} tokens, V = {vocab:,}, against the same from whole "
+    "logits. Other lengths: a token ends a completion with probability 1/128. The "
+    "scripts keep weights in fp32 and multiply in bf16; transformers' own had them in "
+    "bf16. GB: 2^30 bytes. Sampled log-probs (bf16) differ from scored ones by "
+    "{mean:.4f} on average and {max:.4f} at most. torch {torch}, transformers "
+    "{transformers}."
 )
 ENV_COLUMNS = ["environments", "rollout, steps", "environments alone, steps/s"]
 ENV_COLUMNS += ["and policy", "everything"]
@@ -597,11 +598,13 @@ def ratios_of_speed() -> str:
     rows = []
     if found := read("vs_trl"):
         for what, *_, ratio, _, _ in vs_trl(found)[-1]:
-            rows.append(["`grpo.py`", f"TRL's GRPOTrainer ({what})", ratio])
+            rows.append(["`grpo.py`", f"TRL's GRPOTrainer ({what})", "", ratio])
     if found := read("env_speed"):
-        for peer, envs, *_, ratio, _, _ in env_speed(found)[-1]:
-            rows.append(["`ppo_envs.py`", f"{peer} ({envs} environments)", ratio])
-    return f"\n{report.table(['ours', 'theirs', 'ratio'], rows)}\n\n"
+        for peer, envs, *_, ratio, _, eager in env_speed(found)[-1]:
+            name = f"{peer} ({envs} environments)"
+            rows.append(["`ppo_envs.py`", name, ratio, eager])
+    columns = ["ours", "theirs", "ours compiled", "not compiled"]
+    return f"\n{report.table(columns, rows)}\n\n"
 
 
 def numbers(name: str, found: dict) -> str:
