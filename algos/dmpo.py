@@ -32,8 +32,9 @@ Differences. L_DM is averaged over the groups of a batch (the paper does not say
 divergences are ours: the paper argues for the forward KL and runs the square. While q
 is nearly uniform, the forward KL pulls about G^2 / 2 times as hard, so compare
 dm_coefficient, not lambda. p and q are over samples, not over distinct answers: an
-answer that is drawn twice has two shares. Tasks, sizes and the default learning rate
-are for a tiny model; the rate is constant after a warm-up.
+answer that is drawn twice has two shares. The clip is grpo.py's (the paper's is 0.2 on
+both sides). Tasks, sizes and the default learning rate are for a tiny model; the rate
+is constant after a warm-up.
 
     python algos/dmpo.py
     python algos/dmpo.py --model Qwen/Qwen3-0.6B --data train.jsonl \
@@ -903,7 +904,8 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
             share = running.float().mean().item()
             if share == 0:
                 break
-            if share < (0.5 if graphs else 0.8):  # enough rows are done to pay for it
+            # enough rows are done to pay for it: a graph takes as long as some 30 steps
+            if share < (0.5 if graphs else 0.8) and (not graphs or C - t > 32):
                 replay = None
                 cache.batch_select_indices(running.nonzero()[:, 0])
                 rows, token, positions, mask, running = (
@@ -998,33 +1000,33 @@ class Logprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk):
-        ctx.save_for_backward(hidden, weight, bias, targets)
         found = []
         for h, y in zip(hidden.split(chunk), targets.split(chunk)):
             logits = F.linear(h, weight, bias)
             log_p = logits.log_softmax(-1, dtype=torch.float32)
             entropies = log_p.exp().mul_(log_p).sum(-1).neg_()
             found.append((log_p.gather(-1, y[:, None])[:, 0], entropies))
-        ctx.constants = chunk, logits.dtype  # bf16 under autocast
         logprobs, entropies = (torch.cat(x) for x in zip(*found))
+        ctx.constants = chunk, logits.dtype  # bf16 under autocast
+        ctx.save_for_backward(hidden, weight, bias, targets, logprobs)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, bias, targets = ctx.saved_tensors
+        hidden, weight, bias, targets, logprobs = ctx.saved_tensors
         (chunk, dtype), needed = ctx.constants, ctx.needs_input_grad
         low, b = weight.to(dtype), None if bias is None else bias.to(dtype)
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight) if needed[1] else None
         grad_bias = torch.zeros_like(bias) if needed[2] else None
-        parts = (x.split(chunk) for x in (hidden, targets, grad, grad_hidden))
-        for h, y, g, out in zip(*parts):
+        parts = hidden, targets, logprobs, grad, grad_hidden
+        for h, y, logprob, g, out in zip(*(x.split(chunk) for x in parts)):
             h, y, g = h.to(dtype), y[:, None], g[:, None]
-            d = F.linear(h, low, b)  # the logits, then overwritten by their gradient
-            p = d.softmax(-1, dtype=torch.float32)
-            torch.mul(p, -g, out=d)
-            d.scatter_(-1, y, (g - g * p.gather(-1, y)).to(dtype))
+            p = F.linear(h, low, b).softmax(-1)
+            rounded = dtype != logprobs.dtype  # then 1 - p_y would be lost
+            p_y = logprob.exp()[:, None] if rounded else p.gather(-1, y)
+            d = p.mul_(-g).scatter_(-1, y, (g - g * p_y).to(dtype))  # of the logits
             out += d @ low
             if grad_weight is not None:
                 if dtype == grad_weight.dtype:  # no second array of this size

@@ -31,7 +31,8 @@ has MinAtar's sticky actions, only the actions with an effect and at most 1,000 
 The state of gym:<id> is not saved: --resume begins new episodes there. Evaluation
 episodes of gym:<id> and gymnax:<id> are cut after 10,000 steps. Under torchrun each
 rank has a share of the environments and of each minibatch; random draws depend on seed
-and step alone: the number of ranks changes the speed, not the result.
+and step alone: the number of ranks changes the speed, not the result, unless the blocks
+do not divide a rank's share.
 
     python algos/ppo_envs.py
     python algos/ppo_envs.py --num-envs 1048576 --rollout-length 8 --steps 3
@@ -1066,12 +1067,14 @@ def train(args: Args) -> int:
         saved_live, saved_env = ranks[RANK]
         if saved_env:  # not of gym:<id>
             live, env.state = saved_live, saved_env
-    if RANK == 0:
-        _lock = open_run(args, step)  # until this function returns
     if not args.resume:
         metrics = {"step": 0, "transitions": 0} | evaluate(agent, test_env, args)
         score = metrics["eval/episode_return"]
+    if RANK == 0:  # after the evaluation, so that a failed one leaves no folder
+        _lock = open_run(args, step)  # until this function returns
+    if not args.resume:
         write_logs(args, metrics, {})
+        save_checkpoint(run_dir, 0, agent, env, live)
     steps = range(step + 1, args.steps + 1)
     bar = tqdm(steps, initial=step, total=args.steps, disable=RANK > 0)
     for step in bar:

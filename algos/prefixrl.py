@@ -34,7 +34,8 @@ evaluation does not. --max-flops ends runs at equal cost. Baselines and variants
     --plain-share 0                            prefixed problems only
 
 Differences. mu(z) is the probability with which z was sampled; the weight does not
-correct for having kept z because it is right, and is capped at e^20. The paper states
+correct for having kept z because it is right, and is capped at e^20. A right answer
+that was cut off is a trace too: imitation learns no stop from it. The paper states
 no clip and no KL: grpo.py's (e_low, e_high, beta) are here, and with one update per
 batch the clip never acts. The paper, as far as is known, uses a learning rate of 1e-6,
 128 prompts per step, 512 samples of each hard problem and up to 2,500 tries for a
@@ -803,7 +804,8 @@ def decode(model, prompts, attention_mask, noise, temperature, eos_token_id) -> 
             share = running.float().mean().item()
             if share == 0:
                 break
-            if share < (0.5 if graphs else 0.8):  # enough rows are done to pay for it
+            # enough rows are done to pay for it: a graph takes as long as some 30 steps
+            if share < (0.5 if graphs else 0.8) and (not graphs or C - t > 32):
                 replay = None
                 cache.batch_select_indices(running.nonzero()[:, 0])
                 rows, token, positions, mask, running = (
@@ -898,33 +900,33 @@ class Logprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk):
-        ctx.save_for_backward(hidden, weight, bias, targets)
         found = []
         for h, y in zip(hidden.split(chunk), targets.split(chunk)):
             logits = F.linear(h, weight, bias)
             log_p = logits.log_softmax(-1, dtype=torch.float32)
             entropies = log_p.exp().mul_(log_p).sum(-1).neg_()
             found.append((log_p.gather(-1, y[:, None])[:, 0], entropies))
-        ctx.constants = chunk, logits.dtype  # bf16 under autocast
         logprobs, entropies = (torch.cat(x) for x in zip(*found))
+        ctx.constants = chunk, logits.dtype  # bf16 under autocast
+        ctx.save_for_backward(hidden, weight, bias, targets, logprobs)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, bias, targets = ctx.saved_tensors
+        hidden, weight, bias, targets, logprobs = ctx.saved_tensors
         (chunk, dtype), needed = ctx.constants, ctx.needs_input_grad
         low, b = weight.to(dtype), None if bias is None else bias.to(dtype)
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight) if needed[1] else None
         grad_bias = torch.zeros_like(bias) if needed[2] else None
-        parts = (x.split(chunk) for x in (hidden, targets, grad, grad_hidden))
-        for h, y, g, out in zip(*parts):
+        parts = hidden, targets, logprobs, grad, grad_hidden
+        for h, y, logprob, g, out in zip(*(x.split(chunk) for x in parts)):
             h, y, g = h.to(dtype), y[:, None], g[:, None]
-            d = F.linear(h, low, b)  # the logits, then overwritten by their gradient
-            p = d.softmax(-1, dtype=torch.float32)
-            torch.mul(p, -g, out=d)
-            d.scatter_(-1, y, (g - g * p.gather(-1, y)).to(dtype))
+            p = F.linear(h, low, b).softmax(-1)
+            rounded = dtype != logprobs.dtype  # then 1 - p_y would be lost
+            p_y = logprob.exp()[:, None] if rounded else p.gather(-1, y)
+            d = p.mul_(-g).scatter_(-1, y, (g - g * p_y).to(dtype))  # of the logits
             out += d @ low
             if grad_weight is not None:
                 if dtype == grad_weight.dtype:  # no second array of this size
@@ -1313,7 +1315,8 @@ def put_traces(model, tokenizer, rollout, batch: list[Exercise], args: Args) -> 
 
 def sample_batch(model, tokenizer, batch: list[Exercise], noise, args) -> tuple:
     """The rollout of a step, weights for its advantages, and the tokens that were read
-    to make it, with --off-policy and --no-mask-prefix carried out."""
+    to make it, with --off-policy and --no-mask-prefix carried out: completions are then
+    logged with what was given in them."""
     rollout, weights = complete(model, tokenizer, batch, noise, args), 1.0
     read = read_tokens(rollout, args.group_size)
     if args.off_policy:

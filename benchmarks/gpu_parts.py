@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import statistics
@@ -180,9 +181,9 @@ def rollout(sizes: Sizes, report: Callable) -> None:
 def library(sizes: Sizes, report: Callable, continuous: bool) -> None:
     """The same of transformers' own `generate`, with cuDNN's attention off, as in the
     scripts, and with torch's default, on; or of its continuous batching. Those two
-    have a quarter of the tokens to do."""
+    have fewer tokens to do."""
     grpo = memory.load_script("grpo")
-    args, quarter = flags_of(grpo, sizes), sizes.new_tokens // 4
+    args, few = flags_of(grpo, sizes), sizes.new_tokens // (16 if continuous else 4)
     model, _ = load(lambda: grpo.load_model("", args), "0.6B", sizes)
     model, prompts = (
         model.to(getattr(torch, sizes.dtype)),
@@ -193,8 +194,9 @@ def library(sizes: Sizes, report: Callable, continuous: bool) -> None:
     inputs = dict(input_ids=ids, attention_mask=(ids != 0).long())
     batching = {}
     if sizes.device == "cpu":  # not all the memory that there is
-        few = transformers.ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
-        batching = dict(continuous_batching_config=few)
+        small = dict(num_blocks=64, max_batch_tokens=64)
+        small = transformers.ContinuousBatchingConfig(**small)
+        batching = dict(continuous_batching_config=small)
 
     def generate(n: int) -> int:
         config = transformers.GenerationConfig(**how, max_new_tokens=n)
@@ -207,14 +209,11 @@ def library(sizes: Sizes, report: Callable, continuous: bool) -> None:
         new = model.generate(**inputs, generation_config=config)[:, ids.shape[1] :]
         return int(grpo.completion_mask(new, 1)[0].sum())
 
-    for key, n, cudnn in (
-        (
-            f"batch {sizes.sequences}",
-            quarter if continuous else sizes.new_tokens,
-            False,
-        ),
-        (f"batch {sizes.sequences}, cuDNN's attention", quarter, True),
-    )[: 1 if continuous else 2]:
+    cases = [("", few if continuous else sizes.new_tokens, False)]
+    if not continuous:
+        cases.append((", cuDNN's attention", few, True))
+    for name, n, cudnn in cases:
+        key = f"batch {sizes.sequences}{name}"
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         report(**{f"{key}: 4 tokens": speed(lambda: generate(4), sizes)["seconds"]})
         row = speed(lambda n=n: generate(n), sizes)
@@ -326,8 +325,11 @@ def environments(sizes: Sizes, report: Callable) -> None:
         rows = [iteration() for _ in range(5)][2:]  # the first compiles, then records
         keys = *env_speed.COUNTS, "peak_memory_gb"
         row = {key: statistics.median(x[key] for x in rows) for key in keys}
-        del iteration  # and its tensors
+        del iteration  # its tensors
         report(**{str(2**power): row | {"rollout_length": length}})
+        torch.compiler.reset()  # or its graphs keep their memory
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def gradient_of(name: str, device: str, sizes: Sizes) -> tuple[float, torch.Tensor]:
@@ -470,10 +472,11 @@ def steps(shape: str) -> dict:
 
 
 # and seconds at most; what is least sure to be done in time comes last
-PARTS = {"exact": (exact, 60), "memory": (peaks, 60), "rollout": (rollout, 90)}
-PARTS |= {**steps("0.6B"), "cartpole": (cartpole, 120), "countdown": (countdown, 120)}
-PARTS |= {"estimator_cost": (estimators, 60), "env_speed": (environments, 100)}
-PARTS["generate"] = lambda *x: library(*x, continuous=False), 60
+PARTS = {"exact": (exact, 60), "decode": (drawn, 45), "memory": (peaks, 60)}
+PARTS |= {"rollout": (rollout, 90), **steps("0.6B"), "cartpole": (cartpole, 120)}
+PARTS |= {"countdown": (countdown, 150), "env_speed": (environments, 120)}
+PARTS |= {"estimator_cost": (estimators, 60)}
+PARTS["generate"] = lambda *x: library(*x, continuous=False), 80
 PARTS |= {f"flags-{x}": (functools.partial(preset, name=x), 45) for x in PRESETS}
-PARTS |= {**steps("1.7B"), "decode": (drawn, 45)}
+PARTS |= steps("1.7B")
 PARTS["continuous-batching"] = lambda *x: library(*x, continuous=True), 60

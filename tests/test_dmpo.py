@@ -356,6 +356,15 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+@pytest.mark.parametrize("alpha", [0.2, 1.0])
+def test_update_ignores_alpha(dmpo, alpha):
+    """The target p has the temperature of --dm-temperature, not its default."""
+    rollout = random_rollout(dmpo, 16, PROMPTS, LENGTHS)
+    _, stats = small_update(dmpo, rollout, dm_temperature=alpha)
+    p = (REWARDS.view(-1, 4) / alpha).softmax(-1)
+    assert stats["p_max"] == pytest.approx(p.amax(-1).mean().item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("mask_truncated", [False, True])
 @pytest.mark.parametrize("dm_only", [False, True])
 def test_update_leaves_a_term_out(dmpo, dm_only, mask_truncated):
@@ -571,11 +580,14 @@ def same(a, b) -> bool:
 
 VARIANTS = {
     "plain": {},
-    "kl, two updates": dict(kl_coef=0.1, updates_per_batch=2, micro_batch_size=3),
+    "kl, two updates": dict(
+        kl_coef=0.1, updates_per_batch=2, micro_batch_size=3, clip_low=0.01,
+        clip_high=0.02, max_grad_norm=0.1, temperature=0.7,
+    ),
     "masked": dict(
         mask_truncated=True, normalization="sequence", advantage_scale="none"
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

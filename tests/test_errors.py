@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import re
@@ -433,6 +434,25 @@ def train(small_folder, tmp_path, monkeypatch, capsys):
 
     run.new = lambda name: (new + more.get(name, "")).split()
     return run
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_rate_does_not_rise_or_noise_repeats(name, train, monkeypatch):
+    """The learning rate rises over the warm-up (vopd.py's then falls), and each step
+    has noise of its own: a run that is compared with itself would not show it."""
+    script, numbers, rates = load_script(name), [], []
+    draw, step = script.uniforms, script.optimizer_step
+    note = lambda *x: numbers.append(x[1]) or draw(*x)
+    monkeypatch.setattr(script, "uniforms", functools.wraps(draw)(note))
+    note = lambda *x: rates.append(x[1].param_groups[0]["lr"]) or step(*x)
+    monkeypatch.setattr(script, "optimizer_step", note)
+    flags = "--steps", "3", "--warmup-steps", "2", "--learning-rate", "0.01"
+    assert train(name, PLUGIN, *train.new(name), *flags)[0] == 0
+    steps = [x for x in numbers if 0 < x < 10**9]  # 0: evaluations, 10^9: a search
+    assert steps == [1, 2, 3]
+    falls = [1 + s / 100 if name == "vopd" else 1 for s in steps]
+    expected = [rate / fall for rate, fall in zip((0.005, 0.01, 0.01), falls)]
+    assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -708,6 +708,19 @@ def test_gradient_of_the_head_is_of_another_formula(grpo, bias, frozen):
             assert same(b.grad, leaves[2].grad)
 
 
+def test_gradient_of_a_likely_token_is_rounded_away(grpo):
+    """The gradient of a token is 1 - p. bf16 has no number between 0.996 and 1, so with
+    a p in bf16 nearly certain tokens would have none."""
+    bias = torch.tensor([8.0, 0, 0, 0], requires_grad=True)
+    hidden, weight = torch.ones(1, 2, requires_grad=True), torch.zeros(4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        batch = hidden, weight, bias, torch.tensor([0]), 4
+        logprobs, _ = grpo.Logprobs.apply(*batch)
+    logprobs.sum().backward()
+    exact = 3 / (math.exp(8) + 3)
+    assert bias.grad[0].item() == pytest.approx(exact, rel=0.01)
+
+
 def test_chunks_of_the_logits_change_the_gradient(grpo, monkeypatch):
     """Long batches of large vocabularies do not fit in memory, so logits are made chunk
     by chunk; a chunk lost, or in the wrong place, shows nowhere. Log-probs, entropies

@@ -6,10 +6,18 @@ import itertools
 import math
 import random
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import Recorder, cpu_args, plain_logprobs, random_rollout, small_qwen3
+from conftest import (
+    Recorder,
+    cpu_args,
+    load_script,
+    plain_logprobs,
+    random_rollout,
+    small_qwen3,
+)
 
 NORMALIZATIONS = "token", "sequence", "constant"
 
@@ -228,6 +236,28 @@ def test_pass_at_k_counted_naively(grpo):
             hits = [any(subset) for subset in itertools.combinations(correct, k)]
             share = sum(hits) / len(hits)
             assert math.isclose(grpo.pass_at_k(n, c, k), share, abs_tol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["grpo", "vopd", "prefixrl"])
+def test_evaluation_shows_pass_at_another_k(name, monkeypatch):
+    """1, 2, 0 and 1 of two completions are right: pass@1, pass@2 and the mean reward,
+    of which a wrong completion has 0.75."""
+    script = load_script(name)
+    made = SimpleNamespace(texts=[*"abaabbba"], completion_mask=None)
+    monkeypatch.setattr(script, "generate", lambda *_: made)
+    problem, none = script.Problem("", 0), (None, None)
+    batch = *none, [[]] * 4, [problem] * 4
+    if name == "vopd":
+        batch = None, *batch
+        sums = torch.tensor([0.0, 6.0, 4.0, 0.0])
+        monkeypatch.setattr(script, "distill", lambda *_: (sums, None))
+    if name == "prefixrl":
+        batch = *none, [script.Exercise([], problem)] * 4
+        monkeypatch.setattr(script, "complete", lambda *_: made)
+    reward = lambda _, text: 1.0 if text == "a" else 0.75
+    found = script.evaluate(*batch, reward, cpu_args(script, eval_samples=2))
+    assert found.pop("eval/reverse_kl", 1.5) == 1.5
+    assert found == {"eval/pass@1": 0.5, "eval/pass@2": 0.75, "eval/reward": 0.875}
 
 
 def test_loss_near_0_and_really_not_training(grpo):

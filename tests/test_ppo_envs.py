@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -547,6 +548,25 @@ def test_shuffle_loses_transitions(ppo, block, monkeypatch):
         assert epoch.tolist() != list(range(512))
 
 
+def test_blocks_of_two_ranks_overlap(ppo, monkeypatch):
+    """In a batch so large that it is shuffled in blocks of neighbours, a block lies in
+    one rank's environments: the ranks take every transition once between them."""
+    agent, whole, args = learner(ppo, num_envs=12, minibatch_size=48, epochs=1)
+    gcd, taken = math.gcd, []
+    large = lambda *x: gcd(*x[:2], 16) if len(x) == 3 else gcd(*x)
+    monkeypatch.setattr(ppo.math, "gcd", large)
+    whole["logprobs"] = torch.arange(384.0).view(32, 12)  # as names
+    agent.graphs = [lambda _, args, obs, actions, names, *__: taken.append(names)] * 2
+    monkeypatch.setattr(ppo, "all_reduce", lambda x, *_: x)
+    monkeypatch.setattr(ppo, "WORLD_SIZE", 2)
+    for rank in 0, 1:
+        monkeypatch.setattr(ppo, "RANK", rank)
+        own = {name: x[:, ppo.share(12)].clone() for name, x in whole.items()}
+        torch.manual_seed(1)
+        ppo.learn(agent, own, args)
+    assert torch.cat(taken).sort()[0].tolist() == [*range(384)]
+
+
 def test_storage_is_wider_than_the_data(ppo):
     """A transition takes the smallest exact dtype of each field: a million environments
     depend on it."""
@@ -560,6 +580,37 @@ def test_storage_is_wider_than_the_data(ppo):
 
 
 # ------------------------------------ Normaliser --------------------------------------
+
+
+def test_second_episode_is_evaluated(ppo):
+    """An evaluation is the mean over the first episode of each environment, whether it
+    ended or was cut, under the likeliest actions."""
+
+    def step(actions):
+        env.s += 1
+        assert actions.tolist() == [1, 1, 1]
+        ends = env.s % torch.tensor([1, 2, 3]) == 0
+        first = torch.tensor([True, False, False])
+        return obs, torch.full((3,), float(env.s)), ends & first, ends & ~first, obs
+
+    obs, env = torch.zeros(3, 1), SimpleNamespace(s=0, time_limit=60, step=step)
+    env.reset = lambda: obs
+    near = torch.tensor([0, 0.1])  # a draw would often be another
+    policy = lambda x: torch.distributions.Categorical(logits=x + near)
+    agent = SimpleNamespace(outputs=lambda x: x.expand(-1, 2), policy=policy)
+    found = ppo.evaluate(agent, env, args_of(ppo))
+    assert found["eval/episode_return"] == pytest.approx((1 + 3 + 6) / 3)
+    assert found["eval/episode_length"] == 2
+
+
+def test_length_is_logged_as_return(ppo):
+    """Totals are returns, lengths and counts of the episodes that ended; times are
+    those of the environments and of all else."""
+    totals, batch = torch.tensor([6.0, 30.0, 3.0]), {"rewards": torch.zeros(4, 2)}
+    clock = [(0.0, 1.0, 3.0), (3.0, 3.0, 3.0)]
+    found = ppo.describe({"kl": torch.tensor(1.0)}, totals, clock, 0.0, batch)
+    names = "episode_return", "episode_length", "episodes", "env_steps_per_second"
+    assert [found[x] for x in names] == [2, 10, 3, 4]
 
 
 def test_normaliser_is_not_saved_or_not_frozen(ppo, tmp_path):
@@ -904,6 +955,42 @@ def test_resume_is_off_by_one(ppo, run, tmp_path, flags):
         and (tmp_path / "whole/curve.png").stat().st_size > 1000
     )
     assert "args" in json.loads((tmp_path / "whole/args.json").read_text())
+
+
+def test_step_draws_what_the_last_one_drew(ppo, run, monkeypatch):
+    """Each step and each seed has noise of its own, and gae gets gamma and lambda in
+    this order: a run that is compared with itself would not show it."""
+    noise, gae, drawn, given = ppo.Agent.noise, ppo.gae, [], set()
+    spy = lambda *x: drawn.append(noise(*x)) or drawn[-1]
+    monkeypatch.setattr(ppo.Agent, "noise", spy)
+    monkeypatch.setattr(ppo, "gae", lambda *x: given.add(x[-2:]) or gae(*x))
+    for seed in 1, 2:
+        flags = "--seed", seed, "--gamma", 0.9, "--gae-lambda", 0.8
+        run(*flags, "--steps", 2, "--run-dir", seed)
+    assert len({tuple(x.flatten().tolist()) for x in drawn}) == len(drawn) > 3
+    assert given == {(0.9, 0.8)}
+
+
+def test_run_that_ends_before_its_first_save_is_lost(ppo, run, tmp_path, monkeypatch):
+    """What ends in its first step can be resumed, to the same bits; what ends before it
+    leaves no folder: one that can be neither resumed nor started anew is a trap."""
+
+    def fails(*_):
+        raise MemoryError
+
+    flags = "--steps", 2, "--save-every", 9, "--run-dir"
+    run(*flags, "whole")
+    for name, left in (("evaluate", False), ("learn", True)):
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(ppo, name, fails)
+            run(*flags, "half")
+        assert Path("half").exists() == left
+    run("--resume", "half", "--steps", 2)
+    a, b = (
+        torch.load(Path(x, "checkpoint", "state.pt"), weights_only=True)["agent"]
+        for x in ("whole", "half")
+    )
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_nan_is_saved_over_the_last_good(ppo, run, tmp_path, monkeypatch, capsys):

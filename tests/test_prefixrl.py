@@ -466,6 +466,15 @@ def test_reward_sees_the_completion_without_its_prefix(script, monkeypatch):
     assert found.texts == [whole, "A"]
 
 
+def test_prefixed_groups_are_logged_as_plain(script):
+    """Mean reward and share of live groups, of each kind by itself."""
+    batch = [exercise(script, prefix=z) for z in ([5], [], [5], [])]
+    rewards = torch.tensor([1, 0, 0, 0.5, 1, 1, 0.5, 0])
+    expected = dict(reward_prefixed=0.75, live_share_prefixed=0.5, groups_prefixed=2)
+    expected |= dict(reward_plain=0.25, live_share_plain=1, groups_plain=2)
+    assert script.by_kind(rewards, batch, cpu_args(script)) == expected
+
+
 def test_update_without_prefixes_is_not_grpos(script, grpo):
     """A parent that differs in a detail makes every comparison with it worthless: on
     one rollout and with the same flags, gradient and statistics are grpo.py's bit for
@@ -631,6 +640,17 @@ def test_flops_of_a_run_leave_a_phase_out(
     spent = [b["flops"] - a["flops"] for a, b in itertools.pairwise(lines)]
     costs = costs[-3:]  # the others are of imitation
     assert spent == [n * cost for cost in costs] and {*groups[-12:]} == {True, False}
+
+
+def test_flops_leave_the_reference_out(cli, script, monkeypatch):
+    """With a KL term the initial model reads once what each of the updates reads."""
+    read, cost, sampled, spent = script.read_tokens, script.flops, [], []
+    note = lambda *x: sampled.append(read(*x)) or sampled[-1]
+    monkeypatch.setattr(script, "read_tokens", note)
+    monkeypatch.setattr(script, "flops", lambda m, *x: spent.append(x) or cost(m, *x))
+    assert cli(steps=1, kl_coef=0.1, updates_per_batch=2).code == 0
+    total, trained = spent[-1]
+    assert total == sampled[-1] + trained // 2 > sampled[-1]
 
 
 def test_runs_end_at_unequal_cost(cli, tmp_path):

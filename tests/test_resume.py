@@ -95,6 +95,21 @@ def halves(cli, tmp_path):
     return tmp_path / "half", tmp_path / "whole"
 
 
+def test_second_ctrl_c_does_not_end_the_run(grpo):
+    """The first signal asks for a stop, the second one ends the process at once."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    handlers = [(number, signal.getsignal(number)) for number in numbers]
+    try:
+        stops = grpo.catch_stops()
+        signal.raise_signal(signal.SIGINT)
+        assert stops == [1]
+        with pytest.raises(SystemExit, match="130"):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        for handler in handlers:
+            signal.signal(*handler)
+
+
 @pytest.mark.parametrize("kl", [False, True], ids=["plain", "kl, two updates"])
 def test_resume_is_off_by_one_or_loses_state(cli, tmp_path, small_folder, kl):
     """The step, Adam's moments, the random numbers, the place in the data, the warm-up
