@@ -935,6 +935,7 @@ class Logprobs(torch.autograd.Function):
                     grad_weight += d.T @ h
             if grad_bias is not None:
                 grad_bias += d.sum(0)
+            del p, d  # or they are there while the next chunk is made
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
