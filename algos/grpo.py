@@ -472,6 +472,8 @@ def load_model(name: str, args: Args) -> tuple:
             if isinstance(module, torch.nn.Dropout):  # an adapter's
                 module.p = 0.0
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # made without files
+            raise ValueError("its tokenizer has no words: are its files there?")
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no EOS token, so no completion can end")
         check_scores(model)
@@ -1250,7 +1252,8 @@ def parse_args() -> Args:
             if saved.keys() != vars(args).keys():
                 raise ValueError("it is of another script or version, with other flags")
             saved = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
-            done = torch.load(last / "state.pt", "cpu", weights_only=True)["step"]
+            file = last / "state.pt"  # mapped: only its step is read
+            done = torch.load(file, "cpu", weights_only=True, mmap=True)["step"]
         args, free = read_flags(saved), {"steps", "save_every", "track"}
         free |= {"micro_batch_size", "rollout_batch_size"}  # memory may have run out
         for name, value in vars(saved).items():

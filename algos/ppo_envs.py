@@ -1002,7 +1002,8 @@ def parse_args() -> Args:
             if saved.keys() != vars(args).keys():
                 raise ValueError("it is of another script or version, with other flags")
             saved = Args(**saved | {"resume": args.resume, "run_dir": args.resume})
-            done = torch.load(last / "state.pt", "cpu", weights_only=True)["step"]
+            file = last / "state.pt"  # mapped: only its step is read
+            done = torch.load(file, "cpu", weights_only=True, mmap=True)["step"]
         args, free = read_flags(saved), {"steps", "save_every", "track"}
         free |= {"micro_batch_size", "rollout_batch_size"}  # memory may have run out
         for name, value in vars(saved).items():

@@ -745,6 +745,13 @@ def test_model_that_cannot_stop_is_trained(refused, tmp_path):
     refused("--model", "./no-eos", words=("EOS",))
 
 
+def test_tokenizer_without_files_is_made_up(refused, tmp_path):
+    """From a folder of weights alone transformers makes a tokenizer without words: the
+    error would be one about the first prompt, which has no tokens."""
+    small_qwen3(16).save_pretrained(tmp_path / "weights")
+    refused("--model", "./weights", words=("tokenizer", "no words"))
+
+
 def test_token_without_an_embedding_is_looked_up(refused, tmp_path):
     """Tokens added to a tokenizer but not to the model: on a GPU an assertion of the
     device that names neither."""
