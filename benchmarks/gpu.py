@@ -9,8 +9,9 @@ transformers, numpy, matplotlib and tqdm, and peft for the flags of the smallest
 where tyro is missing, a stand-in of 20 lines reads the scripts' flags. Each part is a
 process of its own (a copy of this one, so that nothing is imported twice) with its own
 time: one that fails or is late leaves its error and what it had measured, and the
-others run. What finds no time is measured by a second command with --parts, which
-leaves the other parts in the file as they are.
+others run. Those whose time does not matter run first, four side by side. What finds no
+time is measured by a second command with --parts, which leaves the other parts in the
+file as they are.
 Writes benchmarks/results/gpu-<name>.json (runs/gpu-smoke.json) after each part; exit
 code 1 if one failed.
 """
@@ -30,6 +31,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from multiprocessing import connection
 from pathlib import Path
 
 try:
@@ -38,7 +41,7 @@ try:
     import tqdm  # noqa: F401  the scripts need it
     import transformers
     from code_hash import code_hash
-    from gpu_parts import PARTS, SMOKE, Sizes
+    from gpu_parts import PARTS, SMOKE, UNTIMED, Sizes
 except ImportError as e:
     sys.exit(f"error: {e}: pip install -r requirements.txt")
 
@@ -82,6 +85,41 @@ def part_of(name: str, sizes: Sizes, file: Path) -> None:
     PARTS[name][0](sizes, report)
 
 
+def measure(parts, sizes: Sizes, seconds: float, slow: int, end: Callable) -> None:
+    """The parts, one after another or, where their time is not published, four side by
+    side: end(part, its seconds, error or None) as each ends, whatever ends it."""
+    waiting, running, begin = [*parts], {}, time.perf_counter()
+    since = lambda start: time.perf_counter() - start
+    shared = lambda part: len(running) < 4 and {part, *running} <= UNTIMED
+    fits = lambda part: not running or shared(part)
+    try:
+        while waiting or running:
+            while waiting and fits(waiting[0]):
+                part = waiting.pop(0)
+                most = min(PARTS[part][1] * slow, seconds - since(begin))
+                if most < 5:
+                    end(part, 0.0, "no time was left")
+                    continue
+                job = memory.start(part_of, part, sizes, Path(WORK, f"{part}.json"))
+                running[part] = time.perf_counter(), most, job
+            done = connection.wait([pipe for *_, (_, pipe) in running.values()], 0.2)
+            for part, (start, most, job) in [*running.items()]:
+                error = f"not done after {most:.0f} s"
+                if job[1] in done or since(start) > most:
+                    del running[part]
+                    try:
+                        memory.finish(*job, 0)
+                        error = None
+                    except RuntimeError as e:
+                        error = str(e) if job[1] in done else error
+                    end(part, since(start), error)
+    finally:
+        for part, (start, _, job) in running.items():
+            with contextlib.suppress(RuntimeError):
+                memory.finish(*job, 0)
+            end(part, since(start), "the command was ended")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--name", default="", help="of the machine, for the file")
@@ -119,25 +157,17 @@ def main() -> int:
         known = ("hardware", "torch", "transformers", "code", "sizes")
         if all(before[key] == json.loads(json.dumps(result[key])) for key in known):
             result["parts"] = before["parts"]
-    for part in flags.parts:
-        found, start = Path(WORK, f"{part}.json"), time.perf_counter()
-        error = "the command was ended"
-        left = min(PARTS[part][1] * slow, seconds - (start - begin))
-        try:
-            if left < 5:
-                raise RuntimeError("no time was left")
-            memory.in_process(part_of, part, sizes, found, seconds=left)
-            error = None
-        except RuntimeError as e:
-            error = str(e)
-        finally:
-            row = {"ok": error is None, "seconds": time.perf_counter() - start}
-            row |= {"error": error, "found": {}}
-            if found.exists():
-                row["found"] = json.loads(found.read_text())
-            result["parts"][part] = row
-            print(f"{part}: {error or 'ok'}, {row['seconds']:.0f} s", flush=True)
-            file.write_text(json.dumps(result, indent=1) + "\n")
+
+    def end(part: str, spent: float, error: str | None) -> None:
+        row = {"ok": error is None, "seconds": spent, "error": error, "found": {}}
+        if Path(WORK, f"{part}.json").exists():
+            row["found"] = json.loads(Path(WORK, f"{part}.json").read_text())
+        parts = result["parts"] | {part: row}
+        result["parts"] = {name: parts[name] for name in PARTS if name in parts}
+        print(f"{part}: {error or 'ok'}, {spent:.0f} s", flush=True)
+        file.write_text(json.dumps(result, indent=1) + "\n")
+
+    measure(flags.parts, sizes, seconds - (time.perf_counter() - begin), slow, end)
     return int(not all(row["ok"] for row in result["parts"].values()))
 
 

@@ -57,9 +57,10 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
-def in_process(function: Callable, *args, seconds: float | None = None) -> object:
-    """function(*args), done in a process of its own that starts as a copy of this one:
-    nothing is imported again. What fails there is a RuntimeError here, in one line."""
+def start(function: Callable, *args) -> tuple:
+    """Begin function(*args) in a process that starts as a copy of this one: nothing is
+    imported again. Returns the process and the pipe that its result will come through,
+    for `finish`."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
 
@@ -73,9 +74,15 @@ def in_process(function: Callable, *args, seconds: float | None = None) -> objec
     process = context.Process(target=job)
     process.start()
     there.close()
+    return process, here
+
+
+def finish(process, here, seconds: float | None) -> object:
+    """What the function returned, within that time; the process and what it started are
+    gone then. What failed there is a RuntimeError here, in one line."""
     try:
         if not here.poll(seconds):
-            raise RuntimeError(f"not done after {seconds:.0f} s")
+            raise RuntimeError("it was not done in time")
         error, result = here.recv()
     except EOFError:
         process.join()
@@ -88,6 +95,11 @@ def in_process(function: Callable, *args, seconds: float | None = None) -> objec
     if error:
         raise RuntimeError(error)
     return result
+
+
+def in_process(function: Callable, *args) -> object:
+    """function(*args), done in a process of its own."""
+    return finish(*start(function, *args), None)
 
 
 def random_rollout(script, vocab: int, rows: int, length: int, device: str, seed=0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import gc
 import json
 import os
 import re
@@ -430,6 +431,7 @@ def train(small_folder, tmp_path, monkeypatch, capsys):
             code = script.train(script.parse_args())
         except SystemExit as stop:
             code = stop.code
+        gc.collect()  # the lock of a failed run: its frames refer to themselves
         return code, capsys.readouterr().err
 
     run.new = lambda name: (new + more.get(name, "")).split()

@@ -8,8 +8,11 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,9 +58,8 @@ def test_a_part_that_only_a_gpu_can_break(tmp_path):
     names.append("flags-16gb")  # test_lora.py has those with an adapter
     assert set(names) < set(gpu.PARTS)
     done, result = run(tmp_path, "--parts", *names)
-    assert [(k, row["error"]) for k, row in result["parts"].items()] == [
-        (name, None) for name in names
-    ]
+    errors = {name: row["error"] for name, row in result["parts"].items()}
+    assert errors == dict.fromkeys(names)
     assert done.returncode == 0 and result["smoke"]
     parts = {name: row["found"] for name, row in result["parts"].items()}
     speeds = []
@@ -107,6 +109,40 @@ def test_one_part_takes_the_others_with_it(tmp_path):
     assert result["parts"][parts[2]]["found"]["seconds_update"] > 0
     processes = Path("/proc").glob("[0-9]*/cmdline")
     assert not any("sleep\x00977" in file.read_text() for file in processes)
+
+
+def test_time_of_a_part_is_taken_beside_another(monkeypatch):
+    """Checks may share the GPU, what is timed may not. If the command is ended, what
+    runs leaves its line and no process."""
+    spans, rows = {}, {}
+
+    def part(name: str, seconds: float):
+        def sleep(_, report: Callable) -> None:
+            report(start=time.perf_counter(), pid=os.getpid())
+            time.sleep(seconds)
+            report(end=time.perf_counter())
+
+        return {name: (sleep, 10)}
+
+    def end(name: str, spent: float, error: str | None) -> None:
+        found = json.loads(Path(gpu.WORK, f"{name}.json").read_text())
+        spans[name], rows[name] = found, (spent, error)
+
+    parts = part("a", 0.6) | part("b", 0.6) | part("timed", 0.3) | part("c", 0.1)
+    monkeypatch.setattr(gpu, "PARTS", parts | part("long", 9))
+    monkeypatch.setattr(gpu, "UNTIMED", set("abc"))
+    gpu.measure([*"ab", "timed", "c"], gpu.SMOKE, 60, 1, end)
+    assert {error for _, error in rows.values()} == {None} and len(rows) == 4
+    assert spans["a"]["start"] < spans["b"]["start"] < spans["a"]["end"]
+    last = max(spans[name]["end"] for name in "ab")
+    assert last < spans["timed"]["start"] < spans["timed"]["end"] < spans["c"]["start"]
+    signal.signal(signal.SIGALRM, lambda *_: sys.exit(143))
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    with pytest.raises(SystemExit):
+        gpu.measure(["long", "c"], gpu.SMOKE, 60, 1, end)
+    assert rows["long"][1] == "the command was ended" and rows["long"][0] < 5
+    with pytest.raises(ProcessLookupError):
+        os.kill(spans["long"]["pid"], 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
