@@ -529,21 +529,23 @@ def equal_runs(a: list[dict], b: list[dict]) -> int:
 
 
 def again() -> str:
-    """The default arms once more, with newer code, beside the published ones."""
+    """Arms that were run once more, with newer code, beside the published ones."""
     rows, made, older = [], [], 0
     for script in claims.ARMS:
-        newer, metric = read(f"again/{script}"), CELLS[script][0]
-        published = [run for run in read(script) if run["arm"] == "default"]
-        cells = []
-        for runs in (published, newer) if newer else ():
-            values = [report.curve(run, metric)[1] for run in runs]
-            cells.append(report.spread([x[-1] - x[0] for x in values], "+"))
-        name = f"`{script}.py`", metric.removeprefix("eval/"), str(len(newer))
-        same = f"{equal_runs(newer, published)} of {len(newer)}"
-        rows += [[*name, *cells, same]] if newer else []
-        made += newer
-        older += sum(run["code"] != claims.code_now(script, "default") for run in newer)
-    columns = ["default arm of", "gain of", "seeds", "published", "with newer code"]
+        everything, metric = read(f"again/{script}"), CELLS[script][0]
+        for arm in dict.fromkeys(run["arm"] for run in everything):
+            newer = [run for run in everything if run["arm"] == arm]
+            published = [run for run in read(script) if run["arm"] == arm]
+            cells = []
+            for runs in published, newer:
+                values = [report.curve(run, metric)[1] for run in runs]
+                cells.append(report.spread([x[-1] - x[0] for x in values], "+"))
+            name = f"`{script}.py`", arm, metric.removeprefix("eval/"), str(len(newer))
+            same = f"{equal_runs(newer, published)} of {len(newer)}"
+            rows.append([*name, *cells, same])
+            made += newer
+            older += sum(run["code"] != claims.code_now(script, arm) for run in newer)
+    columns = ["script", "arm", "gain of", "seeds", "published", "with newer code"]
     columns.append("equal in every metric")
     intro = f"{report.made_of(made)}."
     intro += f" {older} of {len(made)} runs are of older code." * bool(older)
