@@ -25,7 +25,7 @@ out, --dm-coef 0 leaves nothing else. Its token weights w and denominator Z are
 
 Which term dominates is logged at each step, as the mean over completions of
 |d loss / d phi_i|, where phi_i moves all log-probs of o_i alike: grpo_coefficient for
-L_GRPO, dm_coefficient for lambda L_DM.
+L_GRPO without its KL term, dm_coefficient for lambda L_DM.
 
 Differences. L_DM is averaged over the groups of a batch (the paper does not say). With
 --mask-truncated, cut-off completions are left out of p, q and G. The other two

@@ -97,7 +97,7 @@ class Args:
     run_dir: str = ""  # folder of the run (default: runs/ppo_envs/<time>-s<seed>)
     resume: str = ""  # folder of a run to continue; its saved flags apply
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where to compute
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile, on GPUs CUDA graphs
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; on one GPU: graphs
     env: str = "cartpole"  # or acrobot, pendulum, breakout, gym:<id>, gymnax:<id>
     num_envs: int = 256  # environments side by side (N), over all ranks
     rollout_length: int | None = None  # S; default: 32, more with few environments
@@ -366,13 +366,15 @@ def open_gymnax(name: str, num_envs: int, mine: slice) -> tuple:
     all_reset = jax.jit(jax.vmap(lambda key: env.reset(key, params)))
     all_step = jax.jit(jax.vmap(lambda *inputs: env.step(*inputs, params)))
     structure = jax.tree.structure(jax.eval_shape(all_reset, keys(0))[1])
+    home = torch.from_dlpack(jax.numpy.zeros(1)).device  # JAX may be without a GPU
 
     def reset(seed):
         obs, state = all_reset(keys(seed))
         return tensors(state), torch.from_dlpack(obs)
 
     def step(seed, state, actions):
-        *leaves, actions = map(jax.dlpack.from_dlpack, [*state, actions])
+        inputs = [x.to(home) for x in [*state, actions]]
+        *leaves, actions = map(jax.dlpack.from_dlpack, inputs)
         state = jax.tree.unflatten(structure, leaves)
         obs, state, *rest, info = all_step(keys(seed), state, actions)
         return tensors(state), *tensors([obs, *rest, info["final_observation"]])
@@ -442,7 +444,7 @@ def all_reduce(x: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
 
 
 def compiled(function: Callable, args: Args) -> Callable:
-    """function through torch.compile, as CUDA graphs on a GPU; or as it is if off."""
+    """function through torch.compile, as CUDA graphs on one GPU; or as it is if off."""
     if args.compile == "off":
         return function
     shapes = None if WORLD_SIZE > 1 else False  # a rank's share of a minibatch varies
@@ -461,7 +463,8 @@ def compiled(function: Callable, args: Args) -> Callable:
 
 
 def choose_compile(args: Args) -> None:
-    """Turn --compile auto into on or off, and on into off where it does not work."""
+    """Turn --compile auto into on or off, as a resumed run has to keep it, and on into
+    off where it does not work."""
     if args.compile == "auto":  # on a CPU it costs 10 s and at least doubles the speed
         batch, (size, _) = args.num_envs * args.rollout_length, recipe(args)
         updates = args.steps * args.epochs * batch / size
@@ -627,8 +630,8 @@ def now(device: str) -> float | torch.cuda.Event:
 
 
 def describe(stats: dict, totals, clock: list, start: float, batch: dict) -> dict:
-    """The metrics of a step, without what is not finite. This is the only place that
-    waits for the device."""
+    """The metrics of a step, without what is not finite. Until here one rank does not
+    wait for its device (gym: and gymnax: apart)."""
     names = "episode_return", "episode_length", "episodes"
     stats |= dict(zip(names, [*totals[:2] / totals[2], totals[2]]))
     values = torch.stack([*stats.values()]).tolist()
@@ -1066,8 +1069,11 @@ def train(args: Args) -> int:
             fail(f"{run_dir} is a run of {len(ranks)} ranks, not {WORLD_SIZE}")
         agent.load_state_dict(state["agent"])
         saved_live, saved_env = ranks[RANK]
-        if saved_env:  # not of gym:<id>
+        if saved_env:
             live, env.state = saved_live, saved_env
+        else:  # gym:<id>: new episodes, other ones than at the start
+            torch.manual_seed(args.seed * 10**9 + step)
+            live["obs"] = env.reset()
     if not args.resume:
         metrics = {"step": 0, "transitions": 0} | evaluate(agent, test_env, args)
         score = metrics["eval/episode_return"]

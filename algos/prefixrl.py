@@ -448,6 +448,8 @@ def built_in(name: str, problems: list[Problem], args: Args) -> str:
         size = int(args.task.partition("-")[2] or TASKS["chain"][2])
         others = chain_problems("train", args.seed + 1, size, SLIPS[name])
         start = [p for p in itertools.islice(others, 20_000) if p.prompt not in used]
+    if not start:
+        fail(f"--candidates {args.candidates}: no problem is left to make {name} from")
     return tiny_model(start, args.seed, args.tiny_steps, 64)
 
 
@@ -972,6 +974,14 @@ class Exercise(NamedTuple):
     prefix: list[int] = []  # z_<h
 
 
+def exercises(model, tokenizer, problems: list[Problem], room: int) -> list[Exercise]:
+    """Problems of which nothing else is known. room: tokens that follow a prompt."""
+    longest = context_length(model) - room
+    rows = len(model.get_input_embeddings().weight)
+    prompts = encode_prompts(tokenizer, problems, longest, rows)
+    return [Exercise(*x) for x in zip(prompts, problems)]
+
+
 def without_stop(trace: list[int], stops: list[int]) -> list[int]:
     """The ids without a final stop token, which is never part of a prefix."""
     return trace[:-1] if trace and trace[-1] in stops else trace
@@ -1087,6 +1097,9 @@ def find_traces(
         longest = context_length(model) - args.max_new_tokens
         traces = read_traces(tokenizer, candidates, reward, longest, args)
     sampler = load_sampler(model, tokenizer, problems, args)
+    need = max(len(x.prompt) for x in candidates) + args.max_new_tokens
+    if sampler and (longest := context_length(sampler)) < need:
+        fail(f"--trace-model has a context of {longest} tokens: a trace needs {need}")
     models, numbers = (model, sampler or model), itertools.count()
     folder = search_folder(models, tokenizer, candidates, reward, args)
 
@@ -1172,6 +1185,15 @@ def read_traces(tokenizer, candidates, reward, longest: int, args: Args) -> dict
     return traces
 
 
+def write_traces(run_dir: Path, found: list[dict]) -> None:
+    """traces.jsonl: the records of find_traces, one a line."""
+    lines = "".join(f"{json.dumps(record)}\n" for record in found)
+    with blame(f"cannot write to {run_dir}"):
+        (run_dir / "traces.jsonl").write_text(lines)
+    traced = sum(bool(record["ids"]) for record in found)
+    print(f"{len(found)} hard problems, {traced} of them with a trace")
+
+
 # --------------------------------- THE ALGORITHM --------------------------------------
 
 
@@ -1240,7 +1262,8 @@ def read_tokens(rollout: Rollout, group_size: int) -> int:
 
 def trained_tokens(rollout: Rollout, advantages, args: Args) -> int:
     """Tokens that `update` reads, over all its steps, of the rows it learns from: their
-    completions, and the prompt once per group (per row with gradient checkpointing)."""
+    completions, and the prompt once per group (per row with gradient checkpointing).
+    Where --micro-batch-size splits a group it is read more often: not counted."""
     lengths = rollout.completion_mask.sum(-1)
     live = (lengths > 0) & ((advantages != 0) | (args.kl_coef > 0))
     live &= ~(rollout.truncated & args.mask_truncated)
@@ -1249,6 +1272,14 @@ def trained_tokens(rollout: Rollout, advantages, args: Args) -> int:
     read = live if args.gradient_checkpointing else first  # rows whose prompt is read
     prompts = (rollout.attention_mask.sum(-1) - lengths)[read].sum()
     return int(prompts + lengths[live].sum()) * args.updates_per_batch
+
+
+def step_flops(model, reference, rollout, advantages, read: int, args: Args) -> int:
+    """FLOPs of all ranks in a step that read so many tokens before its update."""
+    trained = trained_tokens(rollout, advantages, args)
+    read += trained // args.updates_per_batch if reference else 0
+    cost = all_reduce(torch.tensor([read, trained], device=args.device)).tolist()
+    return flops(model, *cost)
 
 
 def rollout_of(batch: list[Exercise], rows: list[list[int]], args: Args) -> Rollout:
@@ -1780,6 +1811,8 @@ def prepare(parts, problems, candidates, tests, reward, step: int, args) -> tupl
             found = [json.loads(line) for line in (run_dir / "traces.jsonl").open()]
             logs = (run_dir / "metrics.jsonl").read_text().split("\n")[:-1]  # whole
             metrics = [r for r in map(json.loads, logs) if r["step"] <= step][-1]
+        if len(found) < WORLD_SIZE:
+            fail(f"{run_dir} has {len(found)} hard problems: too few for so many ranks")
     else:  # phase 1
         task = problems, candidates, reward, args
         found, metrics = find_traces(model, tokenizer, *task)
@@ -1799,6 +1832,9 @@ def prepare(parts, problems, candidates, tests, reward, step: int, args) -> tupl
             metrics |= {key.replace("eval/", "sft/"): x for key, x in after.items()}
         total = sum(x for key, x in metrics.items() if key.startswith("flops_"))
         metrics |= {"step": 0, "flops": total, "prefixed_problems": len(prefixed)}
+    ended = 0 < args.max_flops <= (spent := metrics["flops"])
+    if ended and "eval/hard_pass@1" in metrics:  # else its last evaluation failed
+        fail(f"--max-flops {args.max_flops:.3g}: {spent:.3g} spent by step {step}")
     return found, hard, prefixed, metrics
 
 
@@ -1832,8 +1868,7 @@ def catch_stops() -> list[int]:
 
 
 def train(args: Args) -> int:
-    """Find hard problems and traces; cut prefixes; then as in grpo.py, on both kinds of
-    problem."""
+    """Find hard problems, cut prefixes of their traces; then as in grpo.py, on both."""
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
     known = hash_prompts(problems + held_out, args)
@@ -1842,34 +1877,23 @@ def train(args: Args) -> int:
     model, tokenizer = load_model(str(last) if args.resume else name, args)
     add_lora(model, args)
     reference = load_reference(name, model, args)
-    longest = context_length(model) - args.max_new_tokens
-    rows = len(model.get_input_embeddings().weight)
-    room = longest - args.max_new_tokens  # a trace and a completion have to fit in
-    prompts = encode_prompts(tokenizer, problems[: args.candidates], room, rows)
-    tests = encode_prompts(tokenizer, held_out, longest, rows)
-    candidates = [Exercise(*x) for x in zip(prompts, problems)]
-    tests = [Exercise(*x) for x in zip(tests, held_out)]
+    room = args.max_new_tokens  # of a completion; a trace needs as much again
+    candidates = exercises(model, tokenizer, problems[: args.candidates], 2 * room)
+    tests = exercises(model, tokenizer, held_out, room)
     if RANK == 0:
-        tqdm.write(f"first prompt: {tokenizer.decode(prompts[0])!r}")
+        tqdm.write(f"first prompt: {tokenizer.decode(candidates[0].prompt)!r}")
     optimizer, step = make_optimizer(model, args)
     parts = model, tokenizer, optimizer
     task = problems, candidates, tests, reward, step, args
     found, hard, prefixed, metrics = prepare(parts, *task)  # phases 1 and 2
-    del problems, task  # what is not a candidate is not needed any more
     total, pass_1 = metrics["flops"], metrics.get("eval/hard_pass@1", math.nan)
-    if 0 < args.max_flops <= total:
-        fail(f"--max-flops {args.max_flops:.3g}: {total:.3g} spent by step {step}")
     run_dir, stops = Path(args.run_dir), catch_stops()
     if RANK == 0:  # an earlier end leaves no folder; the same command continues it
         _lock = open_run(args, step, known)  # until this function returns
     if RANK == 0 and not args.resume:
-        lines = "".join(f"{json.dumps(record)}\n" for record in found)
-        with blame(f"cannot write to {run_dir}"):
-            (run_dir / "traces.jsonl").write_text(lines)
+        write_traces(run_dir, found)
         write_logs(args, metrics, {})
         save_checkpoint(run_dir, 0, *parts)
-        traced = sum(bool(x.trace) for x in hard)
-        print(f"{len(hard)} hard problems, {traced} of them with a trace")
     n, group_size = args.prompts_per_step, args.group_size
     steps = range(step + 1, args.steps + 1)
     bar = tqdm(steps, initial=step, total=args.steps, disable=RANK > 0)
@@ -1889,20 +1913,15 @@ def train(args: Args) -> int:
         optimizer.param_groups[0]["lr"] = args.learning_rate * warm
         stats = update(model, reference, optimizer, rollout, advantages, args)
         clock.append(time.perf_counter())
-        trained = trained_tokens(rollout, advantages, args)
-        read += trained // args.updates_per_batch if reference else 0
-        cost = all_reduce(torch.tensor([read, trained], device=args.device)).tolist()
-        total += flops(model, *cost)
+        total += step_flops(model, reference, rollout, advantages, read, args)
         metrics = {"step": step} | describe(rollout, clock, args) | stats
         metrics |= by_kind(rollout.rewards, batch, args) | {"flops": total}
-        prompt = batch[0].prompt + batch[0].prefix
-        sample = {"prompt": tokenizer.decode(prompt)}  # the first group
+        sample = {"prompt": tokenizer.decode(batch[0].prompt + batch[0].prefix)}
         sample |= {"completions": rollout.texts[:group_size]}
         sample |= {"rewards": rollout.rewards[:group_size].tolist()}
         end = step == args.steps or 0 < args.max_flops <= total
         if step % args.eval_every == 0 or end:
-            state = args, step, parts, metrics, sample
-            guard = functools.partial(nothing_lost, *state)
+            guard = functools.partial(nothing_lost, args, step, parts, metrics, sample)
             metrics |= evaluate_all(model, tokenizer, tests, hard, reward, args, guard)
             pass_1 = metrics["eval/hard_pass@1"]
         stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0

@@ -27,7 +27,8 @@ the best possible baseline).
 
 Unbiased: as an estimate of the gradient of the KL at each state, with the states held
 fixed (no token gets credit for what comes after it), and only on on-policy data: one
-update per batch.
+update per batch. --mask-truncated chooses completions by their tokens: of the first
+three, none is unbiased with it.
 
 Differences. All weights are trained unless --lora-rank is given. The learning rate
 rises over --warmup-steps (the official code has none), then falls as 1 / (1 + step /
@@ -35,7 +36,7 @@ rises over --warmup-steps (the official code has none), then falls as 1 / (1 + s
 both models' logits by one temperature: for that, set --teacher-temperature to the value
 of --temperature. --clip-lambda .1 is our choice. Vocabulary rows beyond the tokenizer's
 last token (padding) are cut off both models, so that they get no probability; the saved
-student does not have them.
+student does not have them (the base of a saved adapter does).
 
     python algos/vopd.py
     python algos/vopd.py --model Qwen/Qwen3-0.6B-Base --teacher Qwen/Qwen3-4B \
@@ -256,7 +257,7 @@ def check_prompt(prompt) -> None:
 
 def to_problem(item: Problem | dict) -> Problem:
     """A line of --data, or what a task.py yields, as a Problem. An answer that is
-    missing or blank is None."""
+    missing is None."""
     item = item._asdict() if hasattr(item, "_asdict") else item
     if not (hasattr(item, "keys") and "prompt" in item):
         raise ValueError("it is no object with a prompt")
@@ -264,8 +265,7 @@ def to_problem(item: Problem | dict) -> Problem:
     check_prompt(prompt)
     solution = "" if solution is None else str(solution)
     f"{prompt}{solution}".encode()  # ValueError: half a character
-    answer = item.get("answer")
-    return Problem(prompt, None if str(answer).strip() == "" else answer, solution)
+    return Problem(prompt, item.get("answer"), solution)
 
 
 def open_task(args: Args) -> tuple:
@@ -303,7 +303,10 @@ def read_problems(file: str, source, most: int, args: Args) -> list[Problem]:
         with blame(f"{file}, line {i}"):
             if args.data and not item.strip():
                 continue
-            problems.append(to_problem(json.loads(item) if args.data else item))
+            problem = to_problem(json.loads(item) if args.data else item)
+            if args.data and type(problem.answer) not in (str, int, float, type(None)):
+                raise ValueError("its answer is neither text nor a number")
+            problems.append(problem)
     return problems
 
 
@@ -330,6 +333,14 @@ def load_task(args: Args) -> tuple[list[Problem], list[Problem], Callable]:
         fail(f"--max-new-tokens {args.max_new_tokens} is too few: {least}")
     score(reward, train[:1], [train[0].solution])  # a broken reward ends here
     return train, held_out, reward
+
+
+def answered(problems: list[Problem], args: Args) -> bool:
+    """Whether there are rewards: those of a task, or of --data with all answers."""
+    blank = [p.answer is None or not str(p.answer).strip() for p in problems]
+    if args.data and any(blank) and not all(blank) and RANK == 0:
+        tqdm.write("some problems have no answer: no rewards, no pass@1")
+    return not (args.data and any(blank))
 
 
 def score(reward: Callable, problems: list[Problem], texts: list[str]) -> torch.Tensor:
@@ -577,6 +588,22 @@ def add_lora(model, args: Args) -> None:
         if not weight.requires_grad and args.dtype == "bfloat16":
             weight.data = weight.data.bfloat16()
     model.to(args.device)
+
+
+def load_both(problems: list[Problem], args: Args) -> tuple:
+    """The student and its tokenizer, and the teacher, all on args.device. With LoRA and
+    one base model for both, its weights are there once."""
+    teacher, teacher_tokenizer = load_teacher(problems, args)
+    name = args.model
+    if name == "tiny":
+        name = tiny_model(problems, args.seed, args.tiny_steps, STUDENT_WIDTH)
+    last = Path(args.run_dir, "checkpoint")
+    model, tokenizer = load_model(str(last) if args.resume else name, args)
+    add_lora(model, args)
+    same_vocabulary(model, tokenizer, teacher, teacher_tokenizer)
+    if args.lora_rank and teacher.name_or_path == model.name_or_path:
+        share_weights(teacher, model)
+    return model, tokenizer, teacher.to(args.device)
 
 
 def make_optimizer(model, args: Args) -> tuple[torch.optim.Optimizer, int]:
@@ -1427,23 +1454,9 @@ def train(args: Args) -> int:
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
     known = hash_prompts(problems + held_out, args)
-    blank = [p.answer is None for p in problems + held_out]
-    if args.data and any(blank):
+    if not answered(problems + held_out, args):
         reward = None
-        if not all(blank) and RANK == 0:
-            tqdm.write("some problems have no answer: no rewards, no pass@1")
-    teacher, teacher_tokenizer = load_teacher(problems, args)
-    name = args.model
-    if name == "tiny":
-        name = tiny_model(problems, args.seed, args.tiny_steps, STUDENT_WIDTH)
-    last = Path(args.run_dir, "checkpoint")
-    kl = math.nan
-    model, tokenizer = load_model(str(last) if args.resume else name, args)
-    add_lora(model, args)
-    same_vocabulary(model, tokenizer, teacher, teacher_tokenizer)
-    if args.lora_rank and teacher.name_or_path == model.name_or_path:
-        share_weights(teacher, model)
-    teacher.to(args.device)
+    model, tokenizer, teacher = load_both(problems, args)
     longest = min(map(context_length, (model, teacher))) - args.max_new_tokens
     rows = len(model.get_input_embeddings().weight)
     prompts = encode_prompts(tokenizer, problems, longest, rows)
@@ -1453,11 +1466,13 @@ def train(args: Args) -> int:
         tqdm.write(f"first prompt: {tokenizer.decode(prompts[first])!r}")
     optimizer, step = make_optimizer(model, args)
     parts = model, tokenizer, optimizer
-    run_dir, stops = Path(args.run_dir), catch_stops()
+    run_dir, stops, kl = Path(args.run_dir), catch_stops(), math.nan
     task = teacher, tokenizer, tests, held_out, reward, args
     if not args.resume:
-        metrics, best = evaluate(model, *task), evaluate(teacher, *task)
+        metrics = evaluate(model, *task)
         kl = metrics["eval/reverse_kl"]
+        own = dataclasses.replace(args, temperature=args.teacher_temperature)
+        best = evaluate(teacher, *task[:-1], own)
         metrics |= {x.replace("eval/", "eval/teacher_"): best[x] for x in best}
     if RANK == 0:  # after the evaluation, so that a failed one leaves no folder
         _lock = open_run(args, step, known)  # until this function returns
@@ -1491,8 +1506,7 @@ def train(args: Args) -> int:
         if not reward:
             del metrics["reward_mean"], sample["rewards"]
         if step % args.eval_every == 0 or step == args.steps:
-            state = args, step, parts, metrics, sample
-            guard = functools.partial(nothing_lost, *state)
+            guard = functools.partial(nothing_lost, args, step, parts, metrics, sample)
             metrics |= evaluate(model, *task, guard)
             kl = metrics["eval/reverse_kl"]
         stop = all_reduce(torch.tensor(float(len(stops)), device=args.device)) > 0
@@ -1502,7 +1516,7 @@ def train(args: Args) -> int:
         bar.set_postfix(shown, GB=metrics["peak_memory_gb"])
         if step == 1 and RANK == 0:
             tqdm.write(f"first completion: {rollout.texts[0]!r}")
-            tqdm.write("a loss near 0 is normal: watch reverse_kl")
+            tqdm.write("a loss near 0 is normal (not of full, topk): watch reverse_kl")
         if (stop or step % args.save_every == 0 or step == args.steps) and RANK == 0:
             save_checkpoint(run_dir, step, *parts)
             draw_curve(run_dir)

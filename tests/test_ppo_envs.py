@@ -1106,6 +1106,24 @@ def test_bad_input_ends_in_a_traceback(run, tmp_path, capsys, flags, message):
     assert message in error and not list(tmp_path.iterdir())
 
 
+def test_resumed_gym_run_sees_the_same_starts_again(ppo, run, monkeypatch):
+    """Environments of gymnasium are not saved. Where a resumed run begins new episodes,
+    they are not those it began with: resumed often, it would see only these."""
+    pytest.importorskip("gymnasium", reason=NEEDS)
+    starts, collect = [], ppo.collect
+
+    def watch(agent, env, live, *rest):
+        starts.append(live["obs"].clone())
+        return collect(agent, env, live, *rest)
+
+    monkeypatch.setattr(ppo, "collect", watch)
+    run("--env", "gym:CartPole-v1", "--steps", 1, "--run-dir", "run")
+    run("--resume", "run", "--steps", 2)
+    run("--resume", "run", "--steps", 3)
+    assert len(starts) == 3 and not starts[0].equal(starts[1])
+    assert not starts[0].equal(starts[2]) and not starts[1].equal(starts[2])
+
+
 def test_no_compiler_is_a_traceback(ppo, run, tmp_path, monkeypatch, capsys):
     """Without a C++ compiler --compile on says so and goes on without."""
 

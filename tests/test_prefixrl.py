@@ -204,11 +204,13 @@ def test_chains_are_held_out_in_one_split_only(script):
     assert len(first["train", 1]) > 500 < len(first["train", 1] | first["eval", 1])
 
 
-def test_base_model_starts_from_candidates_or_right_answers(script, monkeypatch):
+def test_base_model_starts_from_candidates_or_right_answers(
+    script, monkeypatch, capsys
+):
     """Problems that the model has seen solved are not hard, and a base model that has
     seen no slip is right at once: what the two built-in models start from has the
     stated share of wrong steps, each counted from the digit before it, and no
-    candidate."""
+    candidate. If nothing else is left, the error blames the answers."""
     args = cpu_args(script, task="chain-3", candidates=400)
     problems = [*itertools.islice(script.chain_problems("train", 1, 3), 1_000)]
     made = []
@@ -226,6 +228,9 @@ def test_base_model_starts_from_candidates_or_right_answers(script, monkeypatch)
     args.task = "chain-of-thought.py"  # a plug-in, whatever its name
     script.built_in("tiny", problems, args)
     assert made == [problems[400:]]
+    with pytest.raises(SystemExit) as stop:
+        script.built_in("tiny", problems[:400], args)
+    assert stop.value.code == 2 and "--candidates 400" in capsys.readouterr().err
 
 
 # ------------------------------------ Prefixes ----------------------------------------
@@ -655,7 +660,8 @@ def test_flops_leave_the_reference_out(cli, script, monkeypatch):
 
 def test_runs_end_at_unequal_cost(cli, tmp_path):
     """--max-flops ends a run at the first step that reaches it, with an evaluation and
-    a checkpoint, and says so where nothing is left for RL."""
+    a checkpoint, and says so where nothing is left for RL. If that evaluation failed,
+    it is made behind one more step."""
     assert cli(run_dir="long", steps=6, eval_every=100).code == 0
     lines = metrics_of(tmp_path / "long")
     budget = (lines[3]["flops"] + lines[4]["flops"]) / 2
@@ -667,6 +673,22 @@ def test_runs_end_at_unequal_cost(cli, tmp_path):
     assert state["step"] == 4
     result = cli("--resume", "cut", "--steps", "9")
     assert result.code == 2 and "--max-flops" in result.errors[0]
+    failed = {key: x for key, x in cut[-1].items() if not key.startswith("eval/")}
+    lines = "".join(f"{json.dumps(line)}\n" for line in [*cut[:-1], failed])
+    (tmp_path / "cut/metrics.jsonl").write_text(lines)
+    assert cli("--resume", "cut", "--steps", "9").code == 0
+    last = metrics_of(tmp_path / "cut")[-1]
+    assert last["step"] == 5 and "eval/hard_pass@1" in last
+
+
+def test_rank_without_a_hard_problem_divides_by_0(script, cli, tmp_path, monkeypatch):
+    """A run with few hard problems, resumed on more ranks, fails at its next
+    evaluation."""
+    assert cli(steps=1).code == 0
+    monkeypatch.setattr(script, "WORLD_SIZE", len(records(tmp_path / "run")) + 1)
+    result = cli("--resume", "run", "--steps", "2")
+    assert result.code == 2 and "hard problems: too few" in result.errors[0]
+    assert metrics_of(tmp_path / "run")[-1]["step"] == 1
 
 
 # ------------------------------------- Traces -----------------------------------------
@@ -711,7 +733,7 @@ def test_hard_problem_is_not_hard_or_trace_is_wrong(cli, script, tmp_path):
 def test_trace_model_is_not_the_sampler_or_is_free(cli, tmp_path):
     """Traces of another policy have that policy's log-probs and cost its parameters,
     while the base model still decides what is hard; ids of another vocabulary mean
-    something else."""
+    something else, and positions that the other model does not have are made up."""
     tokenizer = char_tokenizer()
     changes = dict(hidden_size=16, intermediate_size=32)
     other = small_qwen3(len(tokenizer), seed=5, **changes)
@@ -736,6 +758,10 @@ def test_trace_model_is_not_the_sampler_or_is_free(cli, tmp_path):
     result = cli(trace_model=folder, run_dir="alien-run")
     assert result.code == 2 and "vocabulary" in result.errors[0]
     assert not (tmp_path / "alien-run").exists()
+    short = small_qwen3(len(tokenizer), max_position_embeddings=9)
+    brief = save_model(tmp_path / "short", short, tokenizer)
+    result = cli(trace_model=brief, run_dir="alien-run")
+    assert result.code == 2 and "a context of 9 tokens" in result.errors[0]
     result = cli(trace_model=folder, traces="given.jsonl", run_dir="alien-run")
     assert result.code == 2 and "not both" in result.errors[0]
 

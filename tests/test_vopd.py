@@ -604,10 +604,11 @@ def test_wrong_flag_is_a_traceback_or_runs(cli, folders, tmp_path):
         assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_prompts_without_answers_are_refused_or_rewarded(cli, tmp_path):
+def test_prompts_without_answers_are_refused_or_rewarded(vopd, cli, tmp_path):
     """Distillation needs prompts only: without answers there is no reward, and none is
     made up (None is no answer "None"); with answers it is reported, and it changes
-    nothing of the training. A blank answer is none; a line says so if only some are."""
+    nothing of the training. A blank answer is none; a line says so if only some are.
+    One that is a list is never right. A task may leave its answers blank."""
     for name, line in (("bare", {}), ("posed", {"answer": "7"})):
         lines = [json.dumps({"prompt": f"{i}+1="} | line) for i in range(40)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
@@ -627,12 +628,16 @@ def test_prompts_without_answers_are_refused_or_rewarded(cli, tmp_path):
         assert a == {key: b[key] for key in a}
     weights = [tmp_path / x / "checkpoint/model.safetensors" for x in ("bare", "posed")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+    (tmp_path / "list.jsonl").write_text('{"prompt": "1+1=", "answer": ["2"]}\n' * 40)
+    result = cli(data="list.jsonl", task=None, run_dir="list")
+    assert result.code == 2 and "neither text nor a number" in result.errors[0]
+    assert vopd.to_problem({"prompt": "a", "answer": ""}).answer == ""
 
 
 def test_table_or_evaluation_shows_another_number(vopd, cli, folders, tmp_path):
-    """What is printed is what metrics.jsonl has; the teacher's KL to itself is 0, and
-    the student's is the mean over fresh tokens of the exact KL, whichever estimator it
-    is trained with."""
+    """What is printed is what metrics.jsonl has; the teacher's KL to itself is 0, at
+    its own temperature, and the student's is the mean over fresh tokens of the exact
+    KL, whichever estimator it is trained with."""
     result = cli(eval_samples=8, steps=3)
     lines = metrics_of(tmp_path / "run")
     table = result.stdout[result.stdout.index("student before") :]
@@ -645,6 +650,8 @@ def test_table_or_evaluation_shows_another_number(vopd, cli, folders, tmp_path):
         wanted = [lines[0][name], lines[-1][name], teacher]
         assert [float(x) for x in row.split()[1:]] == [round(x, 3) for x in wanted]
     assert lines[0]["eval/teacher_reverse_kl"] == 0
+    assert cli(run_dir="sharp", steps=1, teacher_temperature=0.5).code == 0
+    assert metrics_of(tmp_path / "sharp")[0]["eval/teacher_reverse_kl"] == 0
     args = cpu_args(vopd, max_new_tokens=4, eval_samples=8, temperature=0.8)
     args.estimator, args.top_k = "topk", 2
     (student, tokenizer), (teacher, other) = (
