@@ -35,6 +35,7 @@ from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 
+BEGIN = time.perf_counter()  # the imports may take half a minute
 try:
     import memory
     import torch
@@ -132,7 +133,7 @@ def main() -> int:
     out = Path(flags.out or memory.ROOT / where)
     out.mkdir(parents=True, exist_ok=True)
     sizes, slow = (SMOKE, 10) if flags.smoke else (Sizes(), 1)
-    begin, seconds = time.perf_counter(), flags.seconds or 470 * slow
+    seconds = flags.seconds or 470 * slow
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was found is written
     # CUDA begins in the parts alone: a process that has begun it cannot be copied
     if not (flags.smoke or memory.in_process(torch.cuda.is_available)):
@@ -167,7 +168,7 @@ def main() -> int:
         print(f"{part}: {error or 'ok'}, {spent:.0f} s", flush=True)
         file.write_text(json.dumps(result, indent=1) + "\n")
 
-    measure(flags.parts, sizes, seconds - (time.perf_counter() - begin), slow, end)
+    measure(flags.parts, sizes, seconds - (time.perf_counter() - BEGIN), slow, end)
     return int(not all(row["ok"] for row in result["parts"].values()))
 
 

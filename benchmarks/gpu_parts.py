@@ -1,8 +1,9 @@
 """What benchmarks/gpu.py measures: one function for each part.
 
-part(sizes, report) works in an empty folder of its own process; report(**values) puts
-what was measured into the file at once. A part fails with an exception, also where what
-was measured is wrong: a gradient, nothing learnt, a GPU slower than the CPU.
+part(sizes, report) works in a process of its own, in a folder that all parts share;
+report(**values) puts what was measured into the file at once. A part fails with an
+exception, also where what was measured is wrong: a gradient, nothing learnt, a GPU
+slower than the CPU.
 """
 
 from __future__ import annotations
@@ -179,11 +180,11 @@ def rollout(sizes: Sizes, report: Callable) -> None:
 
 
 def library(sizes: Sizes, report: Callable, continuous: bool) -> None:
-    """The same of transformers' own `generate`, with cuDNN's attention off, as in the
-    scripts, and with torch's default, on; or of its continuous batching. Those two
-    have fewer tokens to do."""
+    """The same of transformers' own `generate`, with cuDNN's attention on, which is
+    torch's default, and off, as in the scripts; or of its continuous batching, without
+    what each call sets up. The last two have fewer tokens to do."""
     grpo = memory.load_script("grpo")
-    args, few = flags_of(grpo, sizes), sizes.new_tokens // (16 if continuous else 4)
+    args, few = flags_of(grpo, sizes), max(8, sizes.new_tokens // 4)
     model, _ = load(lambda: grpo.load_model("", args), "0.6B", sizes)
     model, prompts = (
         model.to(getattr(torch, sizes.dtype)),
@@ -209,16 +210,20 @@ def library(sizes: Sizes, report: Callable, continuous: bool) -> None:
         new = model.generate(**inputs, generation_config=config)[:, ids.shape[1] :]
         return int(grpo.completion_mask(new, 1)[0].sum())
 
-    cases = [("", few if continuous else sizes.new_tokens, False)]
-    if not continuous:
-        cases.append((", cuDNN's attention", few, True))
+    cases = [("", sizes.new_tokens, True), (", without cuDNN's attention", few, False)]
+    if continuous:
+        cases = [(", without set-up", few, False)]
+        generate(4)
     for name, n, cudnn in cases:
         key = f"batch {sizes.sequences}{name}"
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        report(**{f"{key}: 4 tokens": speed(lambda: generate(4), sizes)["seconds"]})
+        first = speed(lambda: generate(4), sizes)
         row = speed(lambda n=n: generate(n), sizes)
         assert row["tokens"] > 0, "no tokens came back"
-        report(**{key: row | {"new_tokens": n}})
+        if continuous:  # its memory is laid out anew at each call
+            more = {name: row[name] - first[name] for name in ("tokens", "seconds")}
+            row["tokens_per_second"] = more["tokens"] / more["seconds"]
+        report(**{key: row | {"new_tokens": n, "seconds_for_4": first["seconds"]}})
 
 
 def failed(message: str) -> None:
@@ -317,7 +322,7 @@ def peaks(sizes: Sizes, report: Callable) -> None:
 def environments(sizes: Sizes, report: Callable) -> None:
     """benchmarks/env_speed.py: steps a second of ppo_envs.py."""
     for power in sizes.environments:
-        length = max(1, min(128, 2**17 // 2**power))  # as in benchmarks/env_speed.py
+        length = max(1, min(128, 2**17 // 2**power))  # of a rollout
         how = "on" if sizes.device == "cuda" else "off"
         if sizes.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -432,6 +437,15 @@ def cartpole(sizes: Sizes, report: Callable) -> None:
     assert ends[1] > 475 or sizes is SMOKE, f"not solved: a return of {ends[1]}"
 
 
+def base_model(sizes: Sizes, report: Callable) -> None:
+    """The warm start of `countdown`, on the CPU, which that then finds in its cache."""
+    grpo, *_, steps = memory.load_script("grpo"), *sizes.countdown
+    torch.set_num_threads(min(4, torch.get_num_threads()))
+    args, start = flags_of(grpo, sizes, model="tiny"), time.perf_counter()
+    grpo.tiny_model(grpo.load_task(args)[0], args.seed, steps)
+    report(seconds=time.perf_counter() - start)
+
+
 def countdown(sizes: Sizes, report: Callable) -> None:
     """grpo.py's default task, here and on this machine's CPU: seconds of a step (their
     median), and what is learnt here."""
@@ -473,12 +487,13 @@ def steps(shape: str) -> dict:
 
 # and seconds at most; what is least sure to be done in time comes last
 PARTS = {"exact": (exact, 90), "decode": (drawn, 90), "cartpole": (cartpole, 120)}
-PARTS |= {f"flags-{x}": (functools.partial(preset, name=x), 60) for x in PRESETS}
+PARTS |= {"base-model": (base_model, 120)}
+PARTS |= {f"flags-{x}": (functools.partial(preset, name=x), 110) for x in PRESETS}
 # these pass or do not, or are about memory, of which four may need no more than 40 GB
 UNTIMED = {*PARTS} - {"flags-24gb", "flags-80gb"}
 PARTS |= {"memory": (peaks, 60), "rollout": (rollout, 90), **steps("0.6B")}
 PARTS |= {"countdown": (countdown, 150), "env_speed": (environments, 120)}
 PARTS |= {"estimator_cost": (estimators, 60)}
-PARTS["generate"] = lambda *x: library(*x, continuous=False), 80
-PARTS |= steps("1.7B")
+PARTS["generate"] = lambda *x: library(*x, continuous=False), 90
 PARTS["continuous-batching"] = lambda *x: library(*x, continuous=True), 60
+PARTS |= steps("1.7B")

@@ -24,7 +24,8 @@ import gpu
 import memory
 
 STEPS = "grpo", "dmpo", "prefixrl", "vopd"
-QUICK = "rollout", "generate", "exact", "memory", "cartpole", "countdown", "env_speed"
+QUICK = "rollout", "generate", "exact", "memory", "cartpole", "base-model", "countdown"
+QUICK += ("env_speed",)
 QUICK += "decode", "estimator_cost"
 
 
