@@ -5,8 +5,7 @@
 Rounding alone makes other base models, so a set that was run again with newer code is
 another sample. Prints each claim that all sets have runs for: its difference with its
 95 % interval and verdict in each set, oldest first, and over their means, seed by seed.
-Earlier sets are read from this repository's history, a newer one that lacks some arms
-from results/again; README.md beside it quotes them.
+Earlier sets are read from this repository's history; README.md beside it quotes them.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import claims
 import numpy as np
 import report
 
-SETS = {  # commits, oldest first; "": what is published; again: results/again
-    "grpo": ("", "again"),
+SETS = {  # commits, oldest first; "": what is published
+    "grpo": ("86d3edd", ""),
     "vopd": ("1361d59", "f228bc0", ""),
     "prefixrl": ("55d5bfd", ""),
     "dmpo": ("2c735fe", ""),
@@ -30,8 +29,8 @@ SETS = {  # commits, oldest first; "": what is published; again: results/again
 def runs_at(script: str, commit: str) -> list[dict]:
     """The records of a script as they were committed there."""
     path = claims.RESULTS / f"{script}.json"
-    if commit in ("", "again"):
-        return json.loads((path.parent / commit / path.name).read_text())
+    if not commit:
+        return json.loads(path.read_text())
     name = f"{commit}:{path.relative_to(claims.ROOT).as_posix()}"
     show = ["git", "-C", str(claims.ROOT), "show", name]
     done = subprocess.run(show, capture_output=True, text=True)

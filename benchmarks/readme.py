@@ -58,13 +58,11 @@ FINDINGS = {  # (claim, the verdict that makes it true, sentence)
     "grpo": [
         ("TRL: its trainer has the same learning curve", "replicated",
          "Within 0.05 of the pass@1 of TRL's trainer at every evaluation "
-         "(interquartile mean), on the lower side."),
+         "(interquartile mean), below it at the end."),
         ("Ours: two updates on a batch end higher than one", "replicated",
-         "Two updates on a batch end above one in pass@1"),
-        ("Ours: two updates cost less than 0.02 of pass@8", "inconclusive",
-         "and below it in pass@8;"),
+         "Two updates on a batch end above one in pass@1;"),
         ("Ours: four updates cost less than 0.02 of pass@8", "not replicated",
-         "four end lower still in pass@8."),
+         "four end below it in pass@8."),
     ],
     "vopd": [
         ("vOPD: the baseline ends at a lower reverse KL than no baseline", "replicated",
