@@ -681,14 +681,18 @@ def test_runs_end_at_unequal_cost(cli, tmp_path):
     assert last["step"] == 5 and "eval/hard_pass@1" in last
 
 
-def test_rank_without_a_hard_problem_divides_by_0(script, cli, tmp_path, monkeypatch):
+def test_rank_without_a_hard_problem_divides_by_0(script, cli, monkeypatch, capsys):
     """A run with few hard problems, resumed on more ranks, fails at its next
     evaluation."""
     assert cli(steps=1).code == 0
-    monkeypatch.setattr(script, "WORLD_SIZE", len(records(tmp_path / "run")) + 1)
-    result = cli("--resume", "run", "--steps", "2")
-    assert result.code == 2 and "hard problems: too few" in result.errors[0]
-    assert metrics_of(tmp_path / "run")[-1]["step"] == 1
+    found = [json.loads(line) for line in Path("run/traces.jsonl").open()]
+    monkeypatch.setattr(script, "WORLD_SIZE", len(found) + 1)
+    args = script.Args(**json.loads(Path("run/args.json").read_text())["args"])
+    args.resume = args.run_dir
+    with pytest.raises(SystemExit) as stop:
+        script.prepare((None, None, None), [], [], [], None, 1, args)
+    assert stop.value.code == 2
+    assert f"{len(found)} hard problems: too few" in capsys.readouterr().err
 
 
 # ------------------------------------- Traces -----------------------------------------
