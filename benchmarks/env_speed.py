@@ -452,6 +452,7 @@ def main() -> None:
     parser.add_argument("--compile", default="on", choices=["auto", "on", "off"])
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results"))
     flags, start = parser.parse_args(), time.perf_counter()
+    Path(flags.out).mkdir(parents=True, exist_ok=True)  # before the work, not after it
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     usable = len(os.sched_getaffinity(0))
     result = {"hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {gpu}"}

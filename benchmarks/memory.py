@@ -289,6 +289,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results"))
     flags = parser.parse_args()
+    Path(flags.out).mkdir(parents=True, exist_ok=True)  # before the work, not after it
     gpu = in_process(torch.cuda.get_device_name) if flags.device == "cuda" else "no GPU"
     result = {"hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {gpu}"}
     result |= {"torch": torch.__version__, "transformers": transformers.__version__}
