@@ -337,6 +337,8 @@ def test_update_differs_from_the_formula(grpo, normalization, kl_coef):
         ref = plain_logprobs(reference, rollout, temperature)
     for row, values in zip(rollout.logprobs, old):
         row[: len(values)] = values
+    rollout.logprobs[0, 1] += 0.25  # logged, but not what the ratios are made with
+    rollout.logprobs[2, 5] -= 0.5  # of a dead group
     advantages = torch.tensor([2.0, -2.0, 0.0, 0.0, 1.5, -1.5, -1.0, 1.0])
 
     flags = dict(temperature=temperature, normalization=normalization, kl_coef=kl_coef)
@@ -376,7 +378,10 @@ def test_update_differs_from_the_formula(grpo, normalization, kl_coef):
     assert math.isclose(stats["kl"], kl.item() * (kl_coef > 0), rel_tol=1e-4)
     assert math.isclose(stats["clip_fraction"], clips[-1] / sum(counted), rel_tol=1e-5)
     assert math.isclose(stats["grad_norm"], wanted.norm(), rel_tol=1e-4)
-    assert stats["delta_logp_max"] < 1e-5  # sampled against scored, both by the sampler
+    gaps = [0.25, 0.5] if kl_coef else [0.25]  # of sampled and scored log-probs
+    mean = sum(gaps) / sum(counted)
+    assert math.isclose(stats["delta_logp_mean"], mean, abs_tol=1e-5)
+    assert math.isclose(stats["delta_logp_max"], max(gaps), abs_tol=1e-5)
 
 
 def test_entropy_of_another_distribution(grpo):
