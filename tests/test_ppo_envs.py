@@ -508,6 +508,24 @@ def test_actions_are_not_drawn_from_the_policy(ppo):
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_one_number_of_an_action_is_taken_for_the_whole(ppo):
+    """An action of three numbers has three means and three log deviations, the sum of
+    three log-probs and of three entropies."""
+    _, batch, args = learner(ppo, env="pendulum")
+    env, obs = ppo.make_env(args, args.num_envs), batch["obs"][0]
+    env.outputs = 6
+    agent = ppo.Agent(env, args)
+    agent.theta.normal_(0, 0.5)
+    outputs, noise = agent.outputs(obs), agent.noise(len(obs))
+    actions, logprobs, _ = agent.act(obs, noise)
+    means, log_std = outputs[:, :3], outputs[:, 3:]
+    torch.testing.assert_close(actions, means + log_std.exp() * noise)
+    expected = -(noise**2) / 2 - log_std - math.log(2 * math.pi) / 2
+    torch.testing.assert_close(logprobs, expected.sum(-1), atol=1e-5, rtol=1e-5)
+    expected = (log_std + math.log(2 * math.pi * math.e) / 2).sum(-1)
+    torch.testing.assert_close(agent.policy(outputs).entropy(), expected)
+
+
 # -------------------------------------- Recipe ----------------------------------------
 
 
