@@ -27,6 +27,7 @@ from conftest import ROOT, load_script
 pytest.importorskip("scipy", reason="needs benchmarks/requirements.txt")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import claims
+import earlier_sets
 import readme
 import report
 
@@ -181,6 +182,27 @@ def test_arms_are_compared_without_their_seeds():
     below = report.judge(runs, asked("lower"))
     assert below["verdict"] == "not replicated"
     assert below["better"] == pytest.approx(1 - found["better"])
+
+
+def test_sets_of_runs_are_averaged_across_seeds(monkeypatch, capsys):
+    """Two sets of the same seeds are averaged seed by seed, each difference taken
+    within its set; seeds that only the newer set has stand apart."""
+    gains = {"old": [0.1, 0.2, 0.3, 0.4, 0.5], "": [0.5, 0.4, 0.3, 0.2, 0.1, 0.9, 0.7]}
+
+    def runs_at(script, commit):
+        pairs = list(enumerate(gains[commit]))
+        runs = [record("b", s, e__x=[0.0, s]) for s, _ in pairs]
+        return runs + [record("a", s, e__x=[0.0, s + x]) for s, x in reversed(pairs)]
+
+    monkeypatch.setattr(earlier_sets, "SETS", {"grpo": ("old", "")})
+    monkeypatch.setattr(earlier_sets, "runs_at", runs_at)
+    monkeypatch.setattr(claims, "CLAIMS", {"grpo": [asked("higher")]})
+    earlier_sets.main()
+    _, old, new, means, rest = capsys.readouterr().out.splitlines()
+    assert "old" in old and "+0.300" in old and "of 5 seeds, replicated" in old
+    assert "today" in new and "of 7 seeds" in new
+    assert "+0.300 [+0.300, +0.300] of 5 seeds" in means
+    assert "+0.800" in rest and "of 2 seeds, inconclusive" in rest
 
 
 @pytest.mark.parametrize("script", claims.CLAIMS)
