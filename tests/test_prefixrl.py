@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -400,8 +402,11 @@ def test_unmasked_prefix_is_left_out_or_a_plain_row_gets_one(script, model):
     batch.append(exercise(script, prompt=prompts[0]))
     noise = script.uniforms(args, 1, 2, 2)
     rollout = script.complete(network, tokenizer, batch, noise, args)
-    whole = script.unmask_prefixes(rollout, batch, args)
-    assert whole.texts == rollout.texts and whole.truncated is rollout.truncated
+    whole, one, read = script.sample_batch(network, tokenizer, batch, noise, args)
+    assert whole.texts == rollout.texts and one == 1
+    assert whole.truncated.equal(rollout.truncated)
+    given = sum(len(x.prompt + x.prefix) for x in batch)
+    assert read == given + rollout.completion_mask.sum()
     lengths = rollout.completion_mask.sum(-1) + torch.tensor([7.0, 7.0, 0.0, 0.0])
     assert whole.completion_mask.sum(-1).tolist() == lengths.tolist()
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
@@ -905,21 +910,23 @@ def test_prefix_outside_the_assistants_turn(cli, tmp_path):
 # ------------------------------------ Baselines ---------------------------------------
 
 
-def test_imitation_is_not_maximum_likelihood(script):
+def test_imitation_is_not_maximum_likelihood(script, monkeypatch):
     """SFT's gradient is that of the mean log-prob of the traces' tokens, EOS included
-    and prompts not: the first step's against float64 autograd."""
+    and prompts not: the first step's against float64 autograd. The KL term and the
+    updates per batch are RL's; the learning rate is the run's, without decay."""
     network, double = small_qwen3(30), small_qwen3(30).double()
     prompts = [[5, 6, 7], [8, 9]]
     traces = {0: [10, 11, 1], 1: [12, 13, 14, 15, 1]}
     hard = [exercise(script, ids, prompts[i]) for i, ids in traces.items()]
     hard.append(exercise(script, prompt=[4]))  # no trace
-    args = cpu_args(script, prompts_per_step=2, sft_epochs=1, learning_rate=1e-3)
-    optimizer, before = Recorder(network, lr=0.0), script.torch.optim.AdamW
-    try:
-        script.torch.optim.AdamW = lambda *_, **__: optimizer
-        cost = script.imitate(network, hard, args)
-    finally:
-        script.torch.optim.AdamW = before
+    args = cpu_args(script, prompts_per_step=2, sft_epochs=1, learning_rate=3e-4)
+    args = dataclasses.replace(args, kl_coef=0.1, updates_per_batch=2)
+    optimizer, adamw = Recorder(network), mock.Mock()
+    adamw.return_value = optimizer
+    monkeypatch.setattr(script.torch.optim, "AdamW", adamw)
+    cost = script.imitate(network, hard, args)
+    how = adamw.call_args.kwargs
+    assert (how["lr"], how["weight_decay"]) == (3e-4, 0.0)
     total = 0.0
     for i, ids in traces.items():
         row = torch.tensor([prompts[i] + ids])
@@ -933,7 +940,7 @@ def test_imitation_is_not_maximum_likelihood(script):
     assert cost == 6 * sum(p.numel() for p in network.parameters()) * (6 + 7)
 
 
-def test_importance_weight_of_a_trace(script, model):
+def test_importance_weight_of_a_trace(script, model, monkeypatch):
     """--off-policy: the gradient of a group with a trace z in it is
     sum_i w_i A_i grad log pi(y_i), w = pi(z) / mu(z) for z as a whole and 1 for what
     was sampled; z takes the place of the last completion. Against float64, with a trace
@@ -975,6 +982,18 @@ def test_importance_weight_of_a_trace(script, model):
     torch.testing.assert_close(weights.double(), w, rtol=1e-3, atol=0)
     replaced = [len(sampled[2]) - len(prompts[0]), len(sampled[8]) - len(prompts[2])]
     assert more == len(rows[2]) + len(rows[8]) - sum(replaced)
+    monkeypatch.setattr(script, "complete", lambda *_: rollout)
+    mixed = dataclasses.replace(args, off_policy=True)
+    _, found, read = script.sample_batch(network, tokenizer, batch, None, mixed)
+    assert found.equal(weights)
+    drawn = sum(map(len, prompts)) + int(rollout.completion_mask.sum())
+    assert read == drawn + more
+    bare = [x._replace(trace=[]) for x in batch]
+    found = script.put_traces(network, tokenizer, rollout, bare, args)
+    assert found[0] is rollout and found[1].eq(1).all() and found[2] == 0
+    rare = [x._replace(logprob=-1000.0) for x in batch]
+    found = script.put_traces(network, tokenizer, rollout, rare, args)[1]
+    assert [round(x.log().item(), 3) for x in found[[2, 8]]] == [20.0, 20.0]
     rewards = torch.tensor([0, 0, 1.0, 0, 0, 0, 0.5, 0, 1.0])
     A = script.group_advantages(rewards, 3, "none")
     optimizer = Recorder(network)
@@ -1038,15 +1057,16 @@ def test_baseline_uses_what_it_must_not(cli, script, tmp_path, monkeypatch, arm)
                 z = row[rollout.completion_mask[4 * g + 3].bool()].tolist()
                 prompt = x.problem.prompt
                 assert prompt in mu and (prompt not in ids or z == ids[prompt])
-        for advantages, rollout in seen:
-            weights = torch.ones(16)
-            for g, x in enumerate(batches[len(ratios)]):
-                if (prompt := x.problem.prompt) in ids:
-                    now = rollout.logprobs[4 * g + 3].sum()
-                    weights[4 * g + 3] = (now - mu[prompt]).exp()
-            A = script.group_advantages(rollout.rewards, 4, "none")
-            torch.testing.assert_close(advantages, A * weights, rtol=1e-4, atol=1e-6)
-            ratios.append((weights - 1).abs().max())
+    for (advantages, rollout), batch in zip(seen[imitation:], batches):
+        weights = torch.ones(16)
+        for g, x in enumerate(batch):
+            if arm == "off-policy" and (prompt := x.problem.prompt) in ids:
+                now = rollout.logprobs[4 * g + 3].sum()
+                weights[4 * g + 3] = (now - mu[prompt]).exp()
+        A = script.group_advantages(rollout.rewards, 4, "none")
+        torch.testing.assert_close(advantages, A * weights, rtol=1e-4, atol=1e-6)
+        ratios.append((weights - 1).abs().max())
+    if arm == "off-policy":
         assert ratios[0] < 1e-3 < ratios[-1]  # the policy moves away from the base
 
 
