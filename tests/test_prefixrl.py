@@ -1130,9 +1130,10 @@ def test_kill_before_the_first_step_loses_the_run(
     assert made == ([*range(3, chunks)] if where == "attempts" else [])
 
 
-def test_cache_of_another_search_is_used(cli, script, tmp_path, model):
-    """Cached traces of another model, seed, reward or length would be wrong in
-    silence: each changes the folder's name; what does not matter does not."""
+def test_cache_of_another_search_is_used(script, tmp_path, model, monkeypatch):
+    """Cached traces of another model, seed, reward or length, or of other code, would
+    be wrong in silence: each changes the folder's name; what does not matter does
+    not. Of a task.py all code counts, not the reward's alone."""
     network, _ = model
     problem, base = script.Problem("1+1=", "2"), cpu_args(script)
     tokenizer, other = (
@@ -1156,7 +1157,20 @@ def test_cache_of_another_search_is_used(cli, script, tmp_path, model):
     others += [key(r=reward_a, ids=[6]), key(r=reward_a, t=other)]
     for change in (dict(seed=2), dict(hard_k=3), dict(temperature=0.5)):
         others.append(key(r=reward_a, **change))
-    others.append(key(r=reward_a, max_new_tokens=5))
+    for change in (dict(max_new_tokens=5), dict(rollout_batch_size=8)):
+        others.append(key(r=reward_a, **change))
+    for change in (dict(dtype="bfloat16"), dict(device="cuda")):
+        others.append(key(r=reward_a, **change))
+    for helper in ("1.0", "2.0"):
+        (tmp_path / "task.py").write_text(f"most = {helper}\n")
+        others.append(key(r=reward_a, task=str(tmp_path / "task.py")))
+    newer = [(script, "decode", key), (script, "score", key)]
+    newer += [(torch, "__version__", "0"), (script.transformers, "__version__", "0")]
+    newer.append((torch, "get_num_threads", lambda: 99))
+    for place, name, value in newer:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            others.append(key(r=reward_a))
     assert len({same, *others}) == len(others) + 1
 
 
