@@ -1260,6 +1260,7 @@ def test_ranks_search_or_count_alone(tmp_path, small_folder):
         (dict(max_flops="nan"), "--max-flops"),
         (dict(traces="missing.jsonl"), "missing.jsonl"),
         (dict(traces="missing.jsonl", model="nowhere"), "missing.jsonl"),  # first
+        (dict(max_new_tokens=62), "room for 4"),  # prefix and completion: 128 - 124
     ],
     ids=lambda x: str(x),
 )
