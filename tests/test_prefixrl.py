@@ -784,7 +784,8 @@ BAD = {
     "not in the data": ('{"prompt": "1+1=", "text": "abcd"}', "not among"),
     "ids out of range": ('{"prompt": "train 0:", "ids": [5, 99999]}', "no ids"),
     "ids are text": ('{"prompt": "train 0:", "ids": "abcd"}', "no ids"),
-    "too long": (json.dumps({"prompt": "train 0:", "text": "a" * 150}), "fit"),
+    # 8 + 116 tokens + EOS, and 4 of a completion, in a context of 128
+    "too long": (json.dumps({"prompt": "train 0:", "text": "a" * 116}), "fit"),
 }
 
 
