@@ -795,7 +795,7 @@ def test_bad_trace_is_used_or_stops_the_run(cli, tmp_path, name):
     is none. Each is reported by its line and skipped, or refused before anything is
     written with --strict-traces; the good ones are used, ids exactly as given."""
     line, word = BAD[name]
-    ids = char_tokenizer()(["abcdx"])["input_ids"][0]
+    ids = char_tokenizer()(["abcdx"])["input_ids"][0] + [1]
     good = {"prompt": "train 1:", "ids": ids, "text": "not looked at"}
     lines = [json.dumps(good), line]
     (tmp_path / "given.jsonl").write_text("\n".join(lines) + "\n")
@@ -807,7 +807,7 @@ def test_bad_trace_is_used_or_stops_the_run(cli, tmp_path, name):
     assert result.code == 0, result
     assert "jsonl, line 2" in result.stderr and "jsonl, line 1" not in result.stderr
     used = [r for r in records(tmp_path / "run") if r["ids"]]
-    assert [r["ids"] for r in used] == [ids]
+    assert [(r["ids"], r["text"]) for r in used] == [(ids, "abcdx")]  # without EOS
     assert metrics_of(tmp_path / "run")[0]["flops_traces"] == 0
 
 
@@ -1293,8 +1293,9 @@ def test_search_that_finds_nothing_trains_on_nothing(cli, tmp_path):
     ends in one line that says what to change; so does one whose search has cost all
     that may be spent. None leaves a folder in the way of the changed command."""
     (tmp_path / "easy.py").write_text(PLUGIN.replace("/ 4", "* 0 + 1"))
-    result = cli(task="easy.py")
-    assert result.code == 2 and "hard" in result.errors[0]
+    for prefixes in 3, 0:
+        result = cli(task="easy.py", prefixes_per_problem=prefixes)
+        assert result.code == 2 and "raise --candidates" in result.errors[0]
     (tmp_path / "never.py").write_text(PLUGIN.replace("/ 4", "/ 400"))
     result = cli(task="never.py", trace_cap=8)
     assert result.code == 2 and "--trace-cap" in result.errors[0]
