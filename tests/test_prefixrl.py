@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -36,6 +37,7 @@ from conftest import (
     small_qwen3,
 )
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 
 MEASURED = ("seconds_", "tokens_per_second", "peak_memory_gb")
 SMALL = dict(task="task.py", device="cpu", run_dir="run", steps=4, prompts_per_step=4)
@@ -783,6 +785,7 @@ BAD = {
     "wrong answer": ('{"prompt": "train 0:", "text": "ab12"}', "wrong"),
     "not in the data": ('{"prompt": "1+1=", "text": "abcd"}', "not among"),
     "ids out of range": ('{"prompt": "train 0:", "ids": [5, 99999]}', "no ids"),
+    "second trace": ('{"prompt": "train 1:", "text": "abcd"}', "a trace already"),
     "ids are text": ('{"prompt": "train 0:", "ids": "abcd"}', "no ids"),
     # 8 + 116 tokens + EOS, and 4 of a completion, in a context of 128
     "too long": (json.dumps({"prompt": "train 0:", "text": "a" * 116}), "fit"),
@@ -793,19 +796,21 @@ BAD = {
 def test_bad_trace_is_used_or_stops_the_run(cli, tmp_path, name):
     """A trace that does not solve its problem teaches a mistake; one of another problem
     is none. Each is reported by its line and skipped, or refused before anything is
-    written with --strict-traces; the good ones are used, ids exactly as given."""
+    written with --strict-traces; the good ones are used, ids exactly as given. A line
+    of traces.jsonl without a trace is no bad one."""
     line, word = BAD[name]
     ids = char_tokenizer()(["abcdx"])["input_ids"][0] + [1]
     good = {"prompt": "train 1:", "ids": ids, "text": "not looked at"}
-    lines = [json.dumps(good), line]
+    none = {"prompt": "train 2:", "ids": None, "text": None}
+    lines = [json.dumps(good), json.dumps(none), line]
     (tmp_path / "given.jsonl").write_text("\n".join(lines) + "\n")
     result = cli("--strict-traces", traces="given.jsonl")
     assert result.code == 2 and len(result.errors) == 1, result
-    assert "given.jsonl, line 2" in result.errors[0] and word in result.errors[0]
+    assert "given.jsonl, line 3" in result.errors[0] and word in result.errors[0]
     assert not (tmp_path / "run").exists()
     result = cli(traces="given.jsonl", steps=1)
     assert result.code == 0, result
-    assert "jsonl, line 2" in result.stderr and "jsonl, line 1" not in result.stderr
+    assert re.findall("jsonl, line .", result.stderr) == ["jsonl, line 3"]
     used = [r for r in records(tmp_path / "run") if r["ids"]]
     assert [(r["ids"], r["text"]) for r in used] == [(ids, "abcdx")]  # without EOS
     assert metrics_of(tmp_path / "run")[0]["flops_traces"] == 0
@@ -824,15 +829,20 @@ def test_reward_that_fails_on_a_trace_makes_it_a_wrong_one(cli, tmp_path, value)
 
 
 def test_trace_is_cut_at_a_separator_inside_it(script, tmp_path):
-    """JSON may hold U+2028 or U+0085 as they are: they end no line."""
+    """JSON may hold U+2028 or U+0085 as they are: they end no line. A tokenizer's BOS
+    begins texts, no trace."""
     line = {"prompt": "p\u2028", "text": "a\u0085b"}
     (tmp_path / "given.jsonl").write_text(json.dumps(line, ensure_ascii=False), "utf-8")
-    tokenizer = char_tokenizer()
+    special = dict(pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
+    tokenizer = char_tokenizer(**special)
+    whole = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
+    tokenizer.backend_tokenizer.post_processor = whole
     given = tokenizer, [exercise(script, text="p\u2028")]
     file = str(tmp_path / "given.jsonl")
     args = cpu_args(script, strict_traces=True, traces=file)
     traces = script.read_traces(*given, lambda *_: 1.0, 100, args)
-    assert traces == {0: ([*tokenizer("a\u0085b")["input_ids"], 1], None)}
+    bos, *ids = tokenizer("a\u0085b")["input_ids"]
+    assert bos == 2 and traces == {0: ([*ids, 1], None)}
 
 
 @pytest.mark.parametrize("logprob", ["NaN", "-Infinity", "0.5", "null", '"-3"', "-3"])
