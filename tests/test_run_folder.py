@@ -46,7 +46,10 @@ def test_metric_is_missing_or_constant(cli, tmp_path):
     and every --eval-every between."""
     # the warm-up is over by step 4; two updates make a ratio other than 1
     more = ("--updates-per-batch", 2, "--eval-samples", 8, "--eval-every", 2)
-    assert cli("--steps", 5, "--learning-rate", 0.03, *more).code == 0
+    result = cli("--steps", 5, "--learning-rate", 0.03, *more)
+    assert result.code == 0
+    bar = r"reward=([\d.]+), pass@1=([\d.]+), tokens/s=\d+, GB=[\d.]+"
+    shown = re.findall(bar, result.stderr)
     lines = metrics_of(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
     assert [i for i, line in enumerate(lines) if "eval/pass@1" in line] == [0, 2, 4, 5]
@@ -64,6 +67,8 @@ def test_metric_is_missing_or_constant(cli, tmp_path):
         assert min(spent) > 0 and abs(line["tokens_per_second"] / speed - 1) < 0.05
         assert 0.1 < line["peak_memory_gb"] < 64
     assert any(line["clip_fraction"] > 0 for line in lines[1:])
+    ends = lines[-1]["reward_mean"], lines[-1]["eval/pass@1"]
+    assert [float(x) for x in shown[-1]] == pytest.approx(ends, rel=1e-2)
     for line in lines[::2]:
         assert 0 <= line["eval/pass@1"] <= line["eval/pass@8"] <= 1
 
