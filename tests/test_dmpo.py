@@ -897,10 +897,11 @@ def test_same_answer_in_another_order_counts_as_another(dmpo, monkeypatch):
     nats = -(logprobs * mask).sum().item()
     assert got["eval/entropy"] == pytest.approx(nats / 24)
 
-    reward = lambda problem, text: 2.0 if text == "02" else float("0" in text) / 2
+    high = {"02": 1.0, "20": 2.0}
+    reward = lambda problem, text: high.get(text, float("0" in text) / 2)
     got = dmpo.evaluate(None, None, [[], []], problems, reward, args)
-    assert got["eval/sr"] == 1 / 16  # without verify: a reward of 1 or more
-    assert got["eval/distinct_feasible"] == got["eval/distinct_optimal"] == 1 / 2
+    assert got["eval/sr"] == 2 / 16  # without verify: a reward of 1 or more
+    assert got["eval/distinct_feasible"] == got["eval/distinct_optimal"] == 2 / 2
     assert got["eval/qr"] == got["eval/reward"]
 
 
