@@ -1032,13 +1032,13 @@ def load_sampler(model, tokenizer, problems: list[Problem], args: Args):
 def search_folder(models: tuple, tokenizer, candidates, reward, args: Args) -> Path:
     """Folder for what phase 1 finds, named by a hash of all that decides it (of a
     plug-in: its own file, not its imports)."""
-    digest, plugin = hashlib.sha256(), args.task.endswith(".py") and not args.data
+    digest, plugin = hashlib.sha256(), args.task.endswith(".py")
     for model in models:
         for name, weights in model.state_dict().items():
             raw = weights.flatten().cpu().view(torch.uint8)  # NumPy has no bf16
             digest.update(name.encode() + raw.numpy().tobytes())
-    parts = decode, generate, pad, completion_mask, stop_ids, uniforms
-    parts += attempts, complete, answer_ids, score
+    parts = decode, Columns, attend, one_by_one, pad, completion_mask, stop_ids
+    parts += generate, uniforms, attempts, complete, answer_ids, score
     defined = [inspect.getsource(part) for part in parts]
     defined.append(Path(args.task).read_text() if plugin else inspect.getsource(reward))
     defined += [stop_ids(model, tokenizer) for model in models]
@@ -1301,7 +1301,7 @@ def imitate(model, hard: list[Exercise], args: Args) -> int:
     how = dict(lr=args.learning_rate, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **how)
     pool, n, tokens = [x for x in hard if x.trace], args.prompts_per_step, 0
-    args = dataclasses.replace(args, kl_coef=0.0, updates_per_batch=1, group_size=1)
+    args = dataclasses.replace(args, updates_per_batch=1, group_size=1)
     for step in range(1, math.ceil(args.sft_epochs * len(pool) / n) + 1):
         batch = draw(pool, step, n, args.seed, 3)[RANK::WORLD_SIZE]
         rollout = rollout_of(batch, [x.trace for x in batch], args)
