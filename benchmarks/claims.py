@@ -395,16 +395,16 @@ WEAK = (
 )
 SKILL = (
     "30 steps of imitation alone solve next to nothing (sft/hard_pass@1 of the runs: "
-    "0 to .005), but in nine seeds of ten they lift the chance of a single move so far "
-    "that RL finds its first rewards, at 5 % of the FLOPs. In the tenth it never finds "
-    "one and ends at 0, where prefixes have .208, their worst. The 96 traces show each "
+    "0 to .008), but in nine seeds of ten they lift the chance of a single move so far "
+    "that RL finds its first rewards, at 5 % of the FLOPs, and then ends above "
+    "prefixes. In the tenth it never finds one and ends at 0. The 96 traces show each "
     "of the 30 moves that there are about 29 times, which traces of hard mathematics "
     "do not. Tried: ten problems in the place of 96 (arms few and sft-rl-few), where "
     "neither is clearly ahead."
 )
 FEW = (
-    "Both arms spread widely over seeds; SFT, then RL ends at 0 in one of ten, few in "
-    "none. SFT, then RL has 30 steps of imitation here, as with 96 traces."
+    "Both arms spread widely over seeds. SFT, then RL has 30 steps of imitation here, "
+    "as with 96 traces."
 )
 SHORT = (
     "At 3.7 million transitions 4,096 and 16,384 environments have made 28 and 7 outer "

@@ -22,7 +22,7 @@ import report
 SETS = {  # commits, oldest first; "": what is published
     "grpo": ("86d3edd", ""),
     "vopd": ("1361d59", "f228bc0", ""),
-    "prefixrl": ("55d5bfd", ""),
+    "prefixrl": ("55d5bfd", "dbbd8a5", ""),
     "dmpo": ("2c735fe", ""),
 }
 

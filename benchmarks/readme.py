@@ -76,8 +76,8 @@ FINDINGS = {  # (claim, the verdict that makes it true, sentence)
          "Ahead of plain RL and"),
         ("PrefixRL: solves more than off-policy RL at equal FLOPs", "replicated",
          "off-policy RL,"),
-        ("PrefixRL: solves more than SFT, then RL, at equal FLOPs", "not replicated",
-         "but behind imitation of the same traces followed by RL."),
+        ("PrefixRL: solves more than SFT, then RL, at equal FLOPs", "inconclusive",
+         "but not of imitation of the same traces followed by RL."),
     ],
     "dmpo": [
         ("DMPO: the quality ratio is above GRPO's", "not replicated",
