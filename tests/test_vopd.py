@@ -838,6 +838,19 @@ def test_teacher_of_a_gpu_is_in_bf16_whatever_dtype_says(vopd, folders, dtype):
     args = cpu_args(vopd, device="cuda", dtype=dtype, teacher=folders[1])
     teacher, _ = vopd.load_teacher([], args)
     assert {x.dtype for x in teacher.parameters()} == {getattr(torch, dtype)}
+    assert not any(x.requires_grad for x in teacher.parameters())
+
+
+def test_metrics_are_sums_where_they_say_means(vopd):
+    """vopd.py has a describe of its own; what it shows is worked out by hand here."""
+    rollout = random_rollout(vopd, 16, [4, 4, 2, 3], [2, 5, 3, 4])
+    rollout.rewards = torch.tensor([1.0, 0.0, 0.5, 0.5])
+    rollout.truncated = torch.tensor([True, False, False, False])
+    shown = vopd.describe(rollout, [0.0, 1.0, 3.0, 7.0], cpu_args(vopd))
+    assert shown["completion_length"] == 3.5 and shown["reward_mean"] == 0.5
+    assert shown["truncated_share"] == 0.25
+    seconds = [shown[f"seconds_{name}"] for name in ("rollout", "score", "update")]
+    assert seconds == [1.0, 2.0, 4.0] and shown["tokens_per_second"] == 2.0
 
 
 def test_teacher_in_bf16_is_lost_in_a_long_text(vopd, folders):
