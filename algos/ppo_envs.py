@@ -22,12 +22,18 @@ minibatch size and the learning rate, and only take more minibatches.
 
 Not from the paper: the direction of DDR's KL and its mean over up to 2^12 states of the
 batch; networks and constants; the gradient noise scale tr(Sigma) / |G|^2 of the actor,
-in transitions, from consecutive minibatches' g and g': B |g - g'|^2 / (2 g.g').
+in transitions, from consecutive minibatches' g and g' of the first epoch, later ones
+have seen the data: B |g - g'|^2 / (2 g.g'), left out if the sum of the g.g' is not
+above 0.
 
-Differences. Advantages are normalised over the batch, not the minibatch; the value loss
-is not clipped; the learning rate is constant, so that a longer run continues a shorter
-one. Batches of 2^21 transitions or more are shuffled in blocks of neighbours. Breakout
-has MinAtar's sticky actions, only the actions with an effect and at most 1,000 steps.
+Differences. The surrogate's advantages are normalised over the batch, not the
+minibatch; the value loss is not clipped; the learning rate is constant, so that a
+longer run continues a shorter one. Observations are normalised by the statistics of all
+earlier batches. The first batch is taken as it is, and when the statistics come in
+after it, the critic loses much of what it had learned from it. Batches of 2^21
+transitions or more are shuffled in blocks of neighbours. All environments begin
+together: those whose episodes have one length (pendulum) stay in step. Breakout has
+MinAtar's sticky actions, only the actions with an effect and at most 1,000 steps.
 The state of gym:<id> is not saved: --resume begins new episodes there. Evaluation
 episodes of gym:<id> and gymnax:<id> are cut after 10,000 steps. Under torchrun each
 rank has a share of the environments and of each minibatch; random draws depend on seed
@@ -100,7 +106,7 @@ class Args:
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; on one GPU: graphs
     env: str = "cartpole"  # or acrobot, pendulum, breakout, gym:<id>, gymnax:<id>
     num_envs: int = 256  # environments side by side (N), over all ranks
-    rollout_length: int | None = None  # S; default: 32, more with few environments
+    rollout_length: int | None = None  # S; default: 32, more for whole minibatches
     minibatch_size: int = 512  # transitions in a gradient step, whatever --num-envs is
     learning_rate: float = 1e-3  # of Adam, whatever --num-envs is
     scaling: Literal["minibatches", "minibatch-size", "minibatch-size-sqrt-lr"] = (
@@ -338,17 +344,18 @@ def open_gym(name: str, num_envs: int, mine: slice) -> tuple:
     places = range(num_envs)[mine]
     same_step = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
     env = gymnasium.make_vec(name, len(places), "sync", vector_kwargs=same_step)
+    narrow = lambda x: x.astype(np.float32) if x.dtype == np.float64 else x
 
     def reset(seed):
         obs, _ = env.reset(seed=seed + places[0])  # that of the first environment
-        return [], torch.from_numpy(obs)
+        return [], torch.from_numpy(narrow(obs))
 
     def step(seed, state, actions):
         obs, rewards, terminated, truncated, info = env.step(actions.cpu().numpy())
         final_obs = obs.copy()
         for i in np.flatnonzero(terminated | truncated):
             final_obs[i] = info["final_obs"][i]
-        arrays = obs, rewards.astype(np.float32), terminated, truncated, final_obs
+        arrays = map(narrow, (obs, rewards, terminated, truncated, final_obs))
         return [], *map(torch.from_numpy, arrays)
 
     return env.single_observation_space, env.single_action_space, reset, step
@@ -630,8 +637,9 @@ def now(device: str) -> float | torch.cuda.Event:
 
 
 def describe(stats: dict, totals, clock: list, start: float, batch: dict) -> dict:
-    """The metrics of a step, without what is not finite. Until here one rank does not
-    wait for its device (gym: and gymnax: apart)."""
+    """The metrics of a step, without what is not finite; its episodes are those that
+    ended in it, at first short ones only. Until here one rank does not wait for its
+    device (gym: and gymnax: apart)."""
     names = "episode_return", "episode_length", "episodes"
     stats |= dict(zip(names, [*totals[:2] / totals[2], totals[2]]))
     values = torch.stack([*stats.values()]).tolist()
@@ -737,7 +745,7 @@ def descend(agent: Agent, args: Args, *part: torch.Tensor) -> None:
     updates, total, age = agent.past.unbind()
     gradient = agent.gradient / size
     norm, actor = gradient.norm(), gradient[: len(last)]
-    # disjoint data: on average g.g' is |G|^2 and |g - g'|^2 / 2 the noise of one g
+    # of new and disjoint data: on average g.g' is |G|^2, |g - g'|^2 / 2 a g's noise
     noise = ((actor - last) ** 2).sum() * (last != 0).any() / 2
     agent.sums[4:] += torch.stack([size * noise, actor @ last, norm, age])
     last.copy_(actor)
@@ -774,8 +782,8 @@ def learn(agent: Agent, batch: dict, args: Args) -> dict:
     (mean, var), (_, spread) = (moments(x.flatten()) for x in (advantages, returns))
     advantages.sub_(mean).div_(var.sqrt() + 1e-8)
     # neighbours are different environments: shuffling blocks of them is as good
-    most = 2 ** max(0, total.bit_length() - 21)
-    block = math.gcd(size, args.num_envs // WORLD_SIZE, most)
+    coarse = 2 ** max(0, total.bit_length() - 21)
+    block = math.gcd(size, args.num_envs // WORLD_SIZE, coarse)
     data = batch["obs"], batch["actions"], batch["logprobs"], advantages, returns
     data = [x.flatten(0, 1).unflatten(0, (-1, block)) for x in data]
     take = lambda rows: [x.index_select(0, rows).flatten(0, 1) for x in data]
@@ -785,7 +793,7 @@ def learn(agent: Agent, batch: dict, args: Args) -> dict:
     states = batch["obs"].flatten(0, 1)[own_rows(places, args.num_envs)]
     before = agent.policy(agent.outputs(states))
     agent.sums.zero_()
-    for _ in range(args.epochs):
+    for epoch in range(args.epochs):
         agent.last.zero_()
         order = torch.randperm(total // block, device=args.device)
         for rows in order.split(size // block):
@@ -793,12 +801,14 @@ def learn(agent: Agent, batch: dict, args: Args) -> dict:
             for piece in pieces:
                 add(agent, args, *take(piece))
             step(agent, args, *take(last))
+        if epoch == 0:
+            noise, signal = agent.sums[4:6].clone()
     if not args.ewma_com:  # plain PPO: pi_prox is the next pi_b
         agent.proximal.copy_(agent.theta[: agent.parts[0]])
         agent.past[2] = 0
     after = agent.policy(agent.outputs(states))
     kl = all_reduce(td.kl_divergence(before, after).sum()) / len(places)
-    metrics, (noise, signal, norms, ages) = agent.sums.clone().split(4)
+    metrics, (_, _, norms, ages) = agent.sums.clone().split(4)
     metrics = all_reduce(metrics) / args.epochs / total
     updates = args.epochs * total / size
     names = "policy_loss", "value_loss", "entropy", "clip_fraction"
@@ -983,7 +993,7 @@ def check(args: Args) -> None:
         (args.num_envs % WORLD_SIZE, f"{WORLD_SIZE} ranks do not divide --num-envs"),
         (max(args.gamma, args.gae_lambda) > 1, "--gamma, --gae-lambda: at most 1"),
         (args.clip >= 1, "--clip must be below 1"),
-        (args.seed >= 2**33, "--seed must be below 2^33"),
+        (args.seed >= 2**23, "--seed must be below 2^23: larger ones repeat noise"),
         (args.ewma_from > 1 and not args.ewma_com, "--ewma-from needs --ewma-com"),
         (not 0 < size <= batch, f"minibatches of {size} are 0 or larger than {has}"),
         (size and batch % size, f"minibatches of {size} do not divide {has}"),
@@ -1099,6 +1109,8 @@ def train(args: Args) -> int:
         metrics |= describe(stats, totals, clock, start, batch)
         if "grad_norm" not in metrics:
             how = "start a new run with a lower --learning-rate"
+            if bad := [x for x in ("obs", "rewards") if not batch[x].isfinite().all()]:
+                how = f"nor are the environment's {' and '.join(bad)}"
             fail(f"the gradient of step {step} is not finite, it is not saved: {how}")
         if step % args.eval_every == 0 or step == args.steps:
             metrics |= evaluate(agent, test_env, args)

@@ -1,4 +1,4 @@
-"""Claims of four scripts in each set of runs of the same seeds that was published.
+"""Claims of four scripts in the published sets of runs of the same seeds.
 
     python benchmarks/earlier_sets.py
 

@@ -395,7 +395,7 @@ def env_speed(found: dict) -> tuple[str, list, list, list, list]:
             cells.append(ratio_range([its[clock] / ours[clock] for ours, its in pairs]))
         rows.append(cells)
     intro = f"CartPole-v1, --compile {found['flags']['compile']} (without the flag it "
-    intro += "is on from 16,384 gradient steps up), two hidden layers of 64, "
+    intro += "is on above 16,384 gradient steps), two hidden layers of 64, "
     intro += f"{found['epochs']} epochs, "
     intro += f"minibatches of {found['minibatch']}; threads: {found['threads']}, "
     intro += f"cores used: {found['cores used']}, load {found['load before']:.1f} "
