@@ -365,18 +365,38 @@ def test_update_ignores_alpha(dmpo, alpha):
     assert stats["p_max"] == pytest.approx(p.amax(-1).mean().item(), rel=1e-5)
 
 
+def divergence_of(kind: str, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """L_DM of one group, the formulas once more."""
+    if kind == "mse":
+        return ((p - q) ** 2).sum() / len(p)
+    if kind == "forward-kl":
+        return (p * (p / q).log()).sum()
+    m = (p + q) / 2
+    return (p * (p / m).log()).sum() / 2 + (q * (q / m).log()).sum() / 2
+
+
 @pytest.mark.parametrize("mask_truncated", [False, True])
-@pytest.mark.parametrize("dm_only", [False, True])
-def test_update_leaves_a_term_out(dmpo, dm_only, mask_truncated):
-    """The gradient of a step is that of L_GRPO + lambda L_DM written out row by row in
-    float64, equal groups included, which GRPO skips; --dm-only has the second term
-    alone. The logged coefficients are the means of |dL/dphi_i| by the formula: for GRPO
-    A_i times the weights of its tokens, for L_DM lambda (2/G) q_i (d_i - sum q d). The
-    logged dm_loss is L_DM without lambda."""
+@pytest.mark.parametrize(
+    "divergence, dm_only, beta",
+    [
+        ("mse", False, 0.0),
+        ("mse", True, 0.0),
+        ("mse", False, 0.1),
+        ("forward-kl", False, 0.0),
+        ("js", False, 0.1),
+    ],
+)
+def test_update_leaves_a_term_out(dmpo, divergence, dm_only, beta, mask_truncated):
+    """The gradient of a step is that of L_GRPO + lambda L_DM + beta KL written out row
+    by row in float64, equal groups included, which GRPO skips; --dm-only has the second
+    term alone. The logged coefficients are the means of |dL/dphi_i|: for GRPO A_i times
+    the weights of its tokens, without the KL; for L_DM lambda times its derivative, of
+    the square lambda (2/G) q_i (d_i - sum q d). The logged dm_loss is L_DM without
+    lambda."""
     rollout = random_rollout(dmpo, 16, PROMPTS, LENGTHS, CUT)
-    seen, stats = small_update(
-        dmpo, rollout, dm_only=dm_only, mask_truncated=mask_truncated
-    )
+    flags = dict(dm_divergence=divergence, dm_only=dm_only, kl_coef=beta)
+    seen, stats = small_update(dmpo, rollout, mask_truncated=mask_truncated, **flags)
+    initial = plain_logprobs(small_qwen3(16, seed=1).double(), rollout)
     kept = [not (mask_truncated and cut) for cut in CUT]
     z = sum(n for n, keep in zip(LENGTHS, kept) if keep)
     advantages = dmpo.group_advantages(REWARDS, 4).tolist()
@@ -387,11 +407,18 @@ def test_update_leaves_a_term_out(dmpo, dm_only, mask_truncated):
         group = [i for i in range(start, start + 4) if kept[i]]
         size = len(group)
         p = torch.tensor(plain_softmax([REWARDS[i].item() * 15 for i in group]))
-        q = torch.stack([rows[i].mean() for i in group]).softmax(-1)
-        dm_loss = dm_loss + ((p - q) ** 2).sum() / size / 3
-        d = (q - p).detach()
-        pull = 2 / size * q * (d - (q * d).sum())
-        dm_size += LAMBDA * pull.detach().abs().sum().item() / 3
+        phi = torch.stack([rows[i].mean() for i in group])
+        q = phi.softmax(-1)
+        own = divergence_of(divergence, p.double(), q)
+        (pull,) = torch.autograd.grad(own, phi, retain_graph=True)
+        if divergence == "mse":
+            d = q - p
+            torch.testing.assert_close(pull, 2 / size * q * (d - (q * d).sum()))
+        dm_loss = dm_loss + own / 3
+        dm_size += LAMBDA * pull.abs().sum().item() / 3
+        for i in group:
+            k2 = (rows[i] - initial[i].detach()) ** 2 / 2
+            loss = loss + beta * k2.sum() / z
         for i in group if not dm_only else ():
             loss = loss - advantages[i] * rows[i].sum() / z
             grpo_size += abs(advantages[i]) * LENGTHS[i] / z
@@ -596,6 +623,8 @@ def test_coefficient_of_0_is_another_algorithm(cli, dmpo, grpo, tmp_path, varian
     more random number would make it another run than grpo.py's. Same flags: metrics,
     samples, optimiser and weights are equal bit for bit; at lambda > 0 not."""
     flags = VARIANTS[variant]
+    own = PLUGIN.replace("/ 4", "/ (4 + problem.answer)")  # not of another problem
+    (tmp_path / "task.py").write_text(own)
     assert cli(grpo, run_dir="grpo", **flags).code == 0
     assert cli(dmpo, run_dir="zero", dm_coef=0, **flags).code == 0
     own = "dm_loss", "dm_coefficient", "grpo_coefficient", "p_max", "q_max"

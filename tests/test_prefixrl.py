@@ -222,6 +222,7 @@ def test_base_model_starts_from_candidates_or_right_answers(
     for name, share in script.SLIPS.items():
         script.built_in(name, problems, args)
         found = made.pop()
+        assert {len(p.solution) for p in found} == {3}
         assert not {p.prompt for p in found} & {p.prompt for p in problems[:400]}
         wrong = []
         for p in found[:4_000]:
@@ -282,6 +283,9 @@ def test_prefixes_change_from_run_to_run_or_with_each_other(script):
     assert [x.trace for x in first] == [x for x in traces for _ in range(3)]
     assert first == script.cut_prefixes(hard, [1], args)
     assert first != script.cut_prefixes(hard, [1], cpu_args(script, seed=2))
+    cuts = [len(x.prefix) for x in first]
+    cuts = [cuts[i : i + 3] for i in range(0, 24, 3)]
+    assert any(len({*three}) > 1 for three in cuts) and cuts[0] not in cuts[1:3]
     alone = [x if i == 5 else exercise(script) for i, x in enumerate(hard)]
     fewer = script.cut_prefixes(alone, [1], args)
     assert fewer == [x for x in first if x.trace == traces[5]]
@@ -612,6 +616,22 @@ def test_flops_of_a_run_leave_a_phase_out(
     logged sums are rebuilt here from what the run recorded. Groups of equal rewards
     cost a step no backward pass."""
     update, costs, groups = script.update, [], []
+    generate, attempts, searched = script.generate, script.attempts, []
+
+    @functools.wraps(generate)  # its source is a part of the cache's name
+    def note(model, tokenizer, prompts, *rest):
+        rollout = generate(model, tokenizer, prompts, *rest)
+        tokens = sum(map(len, prompts)) + int(rollout.completion_mask.sum())
+        searched.append(tokens)
+        return rollout
+
+    @functools.wraps(attempts)
+    def search(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "generate", note)
+            return attempts(*args)
+
+    monkeypatch.setattr(script, "attempts", search)
 
     def count(model, reference, optimizer, rollout, advantages, args):
         cost, n = 0, args.group_size
@@ -636,11 +656,8 @@ def test_flops_of_a_run_leave_a_phase_out(
     assert traces and first["without_trace"] == len(found) - len(traces)
     tokenizer = char_tokenizer()
     prompt = {r["problem"]: len(tokenizer(r["prompt"])["input_ids"]) for r in found}
-    folder = next((tmp_path / "runs/cache").iterdir())
-    chunks = sorted(folder.iterdir(), key=lambda p: int(p.name.partition("-")[0]))
-    tokens = [sum(x[2] for x in json.loads(p.read_text())) for p in chunks]
-    assert first["flops_hard_search"] == 2 * n * tokens[0]  # all 8 at once
-    assert first["flops_traces"] == 2 * n * sum(tokens[1:]) > 0
+    assert first["flops_hard_search"] == 2 * n * searched[0]  # all 8 at once
+    assert first["flops_traces"] == 2 * n * sum(searched[1:]) > 0
     pool = [prompt[r["problem"]] + len(r["ids"]) for r in traces]
     drawn = math.ceil(2 * len(pool) / 4) * 4
     whole, rest = divmod(drawn, len(pool))
@@ -705,6 +722,18 @@ def test_rank_without_a_hard_problem_divides_by_0(script, cli, monkeypatch, caps
 # ------------------------------------- Traces -----------------------------------------
 
 
+def check_logprobs(traces: list[dict], model) -> None:
+    """Their log-probs are this model's, in float64 from a plain forward pass."""
+    double, tokenizer = model.double(), char_tokenizer()
+    assert traces
+    for r in traces:
+        prompt = tokenizer(r["prompt"])["input_ids"]
+        logits = double(torch.tensor([prompt + r["ids"]])).logits[0].log_softmax(-1)
+        places = range(len(prompt) - 1, len(prompt) + len(r["ids"]) - 1)
+        exact = sum(logits[t, x].item() for t, x in zip(places, r["ids"]))
+        assert abs(exact - r["logprob"]) < 1e-3
+
+
 def test_hard_problem_is_not_hard_or_trace_is_wrong(cli, script, tmp_path):
     """Hard means: no sample of --hard-k right. Traces: the ids that were sampled,
     right, within the cap; their log-prob is the base model's, in float64 from a plain
@@ -730,21 +759,17 @@ def test_hard_problem_is_not_hard_or_trace_is_wrong(cli, script, tmp_path):
         left -= sum(row[1] is not None for row in rows)
     assert left == len(none)
     tokenizer = char_tokenizer()
-    double = small_qwen3(len(tokenizer)).double()
     for r in traces:
         assert sum(x in "abcdefghijklmnopqrstuvwxyz" for x in r["text"]) >= 4
         assert tokenizer.decode(r["ids"], skip_special_tokens=True) == r["text"]
-        prompt = tokenizer(r["prompt"])["input_ids"]
-        logits = double(torch.tensor([prompt + r["ids"]])).logits[0].log_softmax(-1)
-        places = range(len(prompt) - 1, len(prompt) + len(r["ids"]) - 1)
-        exact = sum(logits[t, x].item() for t, x in zip(places, r["ids"]))
-        assert abs(exact - r["logprob"]) < 1e-3
+    check_logprobs(traces, small_qwen3(len(tokenizer)))
 
 
-def test_trace_model_is_not_the_sampler_or_is_free(cli, tmp_path):
+def test_trace_model_is_not_the_sampler_or_is_free(cli, script, tmp_path):
     """Traces of another policy have that policy's log-probs and cost its parameters,
-    while the base model still decides what is hard; ids of another vocabulary mean
-    something else, and positions that the other model does not have are made up."""
+    while the base model still decides what is hard; a run without it does not take its
+    traces from the cache. Ids of another vocabulary mean something else, and positions
+    that the other model does not have are made up."""
     tokenizer = char_tokenizer()
     changes = dict(hidden_size=16, intermediate_size=32)
     other = small_qwen3(len(tokenizer), seed=5, **changes)
@@ -754,14 +779,8 @@ def test_trace_model_is_not_the_sampler_or_is_free(cli, tmp_path):
     first, found = metrics_of(tmp_path / "run")[0], records(tmp_path / "run")
     own = records(tmp_path / "own")
     assert [r["problem"] for r in found] == [r["problem"] for r in own]
-    traces, double = [r for r in found if r["ids"]], other.double()
-    assert traces
-    for r in traces:
-        prompt = tokenizer(r["prompt"])["input_ids"]
-        logits = double(torch.tensor([prompt + r["ids"]])).logits[0].log_softmax(-1)
-        places = range(len(prompt) - 1, len(prompt) + len(r["ids"]) - 1)
-        exact = sum(logits[t, x].item() for t, x in zip(places, r["ids"]))
-        assert abs(exact - r["logprob"]) < 1e-3
+    check_logprobs([r for r in found if r["ids"]], other)
+    check_logprobs([r for r in own if r["ids"]], small_qwen3(len(tokenizer)))
     n = sum(p.numel() for p in other.parameters())
     assert first["flops_traces"] % (2 * n) == 0 and first["flops_traces"]
     alien = char_tokenizer(eos_token="<eos>", pad_token="<pad>")  # 0 and 1 swapped
@@ -951,6 +970,24 @@ def test_imitation_is_not_maximum_likelihood(script, monkeypatch):
     assert cost == 6 * sum(p.numel() for p in network.parameters()) * (6 + 7)
 
 
+def test_imitation_repeats_one_batch(script, monkeypatch):
+    """Two epochs of five traces in batches of two are five steps, in which each trace
+    comes twice."""
+    seen, network = [], small_qwen3(30)
+
+    def note(model, reference, optimizer, rollout, *rest):
+        rows = zip(rollout.tokens, rollout.completion_mask.bool())
+        seen.append([row[-len(mask) :][mask].tolist() for row, mask in rows])
+
+    monkeypatch.setattr(script, "update", note)
+    traces = [[10 + i, 11, 1] for i in range(5)]
+    hard = [exercise(script, trace) for trace in traces]
+    args = dict(prompts_per_step=2, sft_epochs=2, learning_rate=1e-3)
+    script.imitate(network, hard, cpu_args(script, **args))
+    assert [len(batch) for batch in seen] == [2] * 5
+    assert sorted(itertools.chain(*seen)) == sorted(2 * traces)
+
+
 def test_importance_weight_of_a_trace(script, model, monkeypatch):
     """--off-policy: the gradient of a group with a trace z in it is
     sum_i w_i A_i grad log pi(y_i), w = pi(z) / mu(z) for z as a whole and 1 for what
@@ -958,6 +995,7 @@ def test_importance_weight_of_a_trace(script, model, monkeypatch):
     longer and one shorter than what was sampled, and one group without."""
     network, tokenizer = model
     args = cpu_args(script, group_size=3, max_new_tokens=4, prompts_per_step=3)
+    args.temperature = 0.7  # z was sampled at it, too
     double = small_qwen3(len(tokenizer)).double()
     prompts = tokenizer(["1 2=3:", "12 4 7=10:", "5 5=10:"])["input_ids"]
     rollout = script.generate(
@@ -982,7 +1020,7 @@ def test_importance_weight_of_a_trace(script, model, monkeypatch):
     expected = [*sampled[:2], prompts[0] + traces[0], *sampled[3:8]]
     expected.append(prompts[2] + traces[2])
     assert rows == expected and new.texts[2] == "abcdefgh" and new.texts[8] == "a"
-    exact = plain_logprobs(double, new)
+    exact = plain_logprobs(double, new, 0.7)
     for row, (ratio, found) in enumerate(zip(exact, new.logprobs)):
         n = len(ratio)
         torch.testing.assert_close(found[:n].double(), ratio, atol=1e-4, rtol=0)
@@ -1024,6 +1062,7 @@ def test_baseline_uses_what_it_must_not(cli, script, tmp_path, monkeypatch, arm)
     group."""
     seen, batches = [], []
     real, drawn = script.update, script.draw_batch
+    evaluate_all, evaluated = script.evaluate_all, []
 
     def spy(model, reference, optimizer, rollout, advantages, args):
         seen.append((advantages, rollout))
@@ -1034,16 +1073,25 @@ def test_baseline_uses_what_it_must_not(cli, script, tmp_path, monkeypatch, arm)
         return batches[-1]
 
     monkeypatch.setattr(script, "update", spy)
+
+    def spy_evaluation(*args):
+        evaluated.append(evaluate_all(*args))
+        return evaluated[-1] | {"eval/call": len(evaluated)}
+
+    monkeypatch.setattr(script, "evaluate_all", spy_evaluation)
     monkeypatch.setattr(script, "draw_batch", spy_batch)
     flags = {
         "plain": dict(prefixes_per_problem=0),
         "sft": dict(prefixes_per_problem=0, sft_epochs=1),
         "off-policy": dict(prefixes_per_problem=0),
-        "prefixed only": dict(plain_share=0),
+        "prefixed only": dict(plain_share=0, advantage_scale="std"),
     }[arm]
     given = ["--off-policy"] if arm == "off-policy" else []
     assert cli(*given, **flags, steps=3).code == 0
     first, found = metrics_of(tmp_path / "run")[0], records(tmp_path / "run")
+    for line in metrics_of(tmp_path / "run")[1:]:
+        kinds = [line.get(f"groups_{kind}") for kind in ("prefixed", "plain")]
+        assert kinds == ([4, None] if arm == "prefixed only" else [None, 4])
     ids = {r["prompt"]: r["ids"] for r in found if r["ids"]}
     mu = {r["prompt"]: r["logprob"] for r in found}
     prefixed = [bool(x.prefix) for batch in batches for x in batch]
@@ -1054,6 +1102,7 @@ def test_baseline_uses_what_it_must_not(cli, script, tmp_path, monkeypatch, arm)
     imitation, ratios = math.ceil(len(ids) / 4) if arm == "sft" else 0, []
     assert len(seen) == 3 + imitation
     assert ("sft/hard_pass@1" in first) == (arm == "sft")
+    assert first["eval/call"] == 1 and first.get("sft/call", 2) == 2
     if arm == "prefixed only":  # the context ends with the prefix, the mask is behind
         for (_, rollout), batch in zip(seen, batches):
             width = rollout.completion_mask.shape[1]
@@ -1074,22 +1123,119 @@ def test_baseline_uses_what_it_must_not(cli, script, tmp_path, monkeypatch, arm)
             if arm == "off-policy" and (prompt := x.problem.prompt) in ids:
                 now = rollout.logprobs[4 * g + 3].sum()
                 weights[4 * g + 3] = (now - mu[prompt]).exp()
-        A = script.group_advantages(rollout.rewards, 4, "none")
+        scale = flags.get("advantage_scale", "none")
+        A = script.group_advantages(rollout.rewards, 4, scale)
         torch.testing.assert_close(advantages, A * weights, rtol=1e-4, atol=1e-6)
         ratios.append((weights - 1).abs().max())
     if arm == "off-policy":
         assert ratios[0] < 1e-3 < ratios[-1]  # the policy moves away from the base
 
 
+def test_completion_is_scored_for_another_problem(cli, script, monkeypatch):
+    """Rewards that belong to other rows still look like rewards: in search, step and
+    evaluation each text is scored for the problem behind whose prompt and prefix it was
+    sampled."""
+    complete, score, made, places = script.complete, script.score, [], []
+
+    @functools.wraps(complete)
+    def note(model, tokenizer, batch, *rest):
+        made.append((batch, complete(model, tokenizer, batch, *rest)))
+        return made[-1][1]
+
+    @functools.wraps(score)
+    def check(reward, problems, texts):
+        if not made:  # a first try of the reward
+            return score(reward, problems, texts)
+        batch, rollout = made[-1]
+        n = len(texts) // len(batch)
+        assert list(texts) == rollout.texts and len(texts) == n * len(batch)
+        assert [*problems] == [batch[i // n].problem for i in range(len(texts))]
+        places.append((len(batch), n))
+        return score(reward, problems, texts)
+
+    monkeypatch.setattr(script, "complete", note)
+    monkeypatch.setattr(script, "score", check)
+    assert cli(steps=1, eval_samples=3).code == 0
+    assert {(8, 8), (4, 4), (2, 3)} <= {*places} and len(places) == len(made)
+
+
+def test_evaluation_is_of_other_problems_or_behind_a_prefix(
+    cli, script, tmp_path, monkeypatch
+):
+    """The headline is on hard problems without a prefix. Each evaluation is of held-out
+    problems, of the hard ones, and of the traced ones behind 0, 20 ... 80 % of their
+    trace, in this order, and what is sampled from is just that; the picture shows the
+    first and the last."""
+    evaluate, generate, seen, contexts = script.evaluate, script.generate, [], []
+    saved = {}
+
+    @functools.wraps(generate)
+    def note(model, tokenizer, prompts, *rest):
+        contexts.append(prompts)
+        return generate(model, tokenizer, prompts, *rest)
+
+    def spy(model, tokenizer, exercises, *rest):
+        found = evaluate(model, tokenizer, exercises, *rest)
+        assert contexts[-1] == [x.prompt + x.prefix for x in exercises]
+        seen.append([(x.problem.prompt, x.prefix) for x in exercises])
+        return found | {"eval/pass@1": len(seen) / 100}
+
+    def save(figure, path, **_):
+        lines = [line for axes in figure.axes for line in axes.lines]
+        saved[Path(path).name] = [[*line.get_ydata()] for line in lines]
+
+    monkeypatch.setattr(script, "generate", note)
+    monkeypatch.setattr(script, "evaluate", spy)
+    monkeypatch.setattr(script.Figure, "savefig", save)
+    assert cli(steps=2, eval_prompts=3).code == 0
+    found = records(tmp_path / "run")
+    traced, start = [r for r in found if r["ids"]][:3], len("eval ")
+    assert len(seen) == 14 and traced
+    for test, hard, *shares in seen[:7], seen[7:]:
+        assert [prompt[:start] for prompt, _ in test] == ["eval "] * 3
+        assert hard == [(r["prompt"], []) for r in found[:3]]
+        assert not any(prefix for _, prefix in test)
+        for percent, one in zip((0, 20, 40, 60, 80), shares, strict=True):
+            for (prompt, prefix), r in zip(one, traced, strict=True):
+                ids = r["ids"][: len(r["ids"]) - (r["ids"][-1] == 1)]
+                assert prompt == r["prompt"]
+                assert prefix == ids[: len(ids) * percent // 100]
+    both = [[i / 100 for i in range(n, n + 5)] for n in (3, 10)]
+    assert saved["prefix_success.png"] == both
+    names = "eval/pass@1", "eval/hard_pass@1"
+    ends = [[x[name] for name in names] for x in metrics_of(tmp_path / "run")[::2]]
+    assert ends == [[0.01, 0.02], [0.08, 0.09]]
+
+
+def test_default_traces_are_the_base_models_own(script, monkeypatch):
+    """The built-in model never solves a chain: its traces are a better one's."""
+    named = []
+
+    def built_in(name, *_):
+        named.append(name)
+        raise InterruptedError
+
+    monkeypatch.setattr(script, "built_in", built_in)
+    with pytest.raises(InterruptedError):
+        script.load_sampler(None, None, [], cpu_args(script, model="tiny"))
+    assert named == ["careful"]
+    args = cpu_args(script, model="x")
+    assert script.load_sampler("itself", None, [], args) == "itself"
+
+
 # ------------------------------------- Resume -----------------------------------------
 
 
 def test_resume_loses_the_prefixes_or_the_flops(cli, tmp_path):
-    """5 steps and 3 more are 8: traces, cuts, places in both pools, Adam and the sum of
-    FLOPs are those of the run that was not stopped, after imitation and off-policy
-    too; the cache may be gone by then, and the log be longer than what was saved."""
+    """4 steps and 4 more are 8: traces, cuts, places in both pools, Adam, the sum of
+    FLOPs and the reference of the KL are those of the run that was not stopped, after
+    imitation and off-policy too; the cache may be gone by then, and the log be longer
+    than what was saved."""
     for i, (given, changes) in enumerate(
-        (([], {}), (["--off-policy"], dict(prefixes_per_problem=0, sft_epochs=1)))
+        (
+            ([], dict(kl_coef=0.1)),
+            (["--off-policy"], dict(prefixes_per_problem=0, sft_epochs=1)),
+        )
     ):
         whole, half = f"whole{i}", f"half{i}"
         assert cli(*given, run_dir=whole, steps=8, eval_every=4, **changes).code == 0
