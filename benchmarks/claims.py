@@ -514,8 +514,8 @@ EXPLANATIONS = {  # text of a claim: what was tried when it fails
     "DMPO: forward KL costs less than 0.02 (argued, not run there)": (
         "At one lambda the forward KL pulls far harder than the square (row "
         "dm_coefficient): it keeps more diversity and loses quality. At a lambda where "
-        "it pulls about 1.5 times as hard as the square (arm weak-forward-kl) it loses "
-        "none, and its best of 16 is 0.016 above GRPO's. No claim was made of that arm."
+        "it pulls 1.3 to 1.6 times as hard as the square (arm weak-forward-kl) it "
+        "loses none. No claim was made of that arm."
     ),
     "DMPO: more distinct feasible answers among 16 than with GRPO": WEAK,
     "PrefixRL: solves more than SFT, then RL, at equal FLOPs": SKILL,

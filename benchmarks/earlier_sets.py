@@ -23,7 +23,7 @@ SETS = {  # commits, oldest first; "": what is published
     "grpo": ("86d3edd", ""),
     "vopd": ("1361d59", "f228bc0", ""),
     "prefixrl": ("55d5bfd", "dbbd8a5", ""),
-    "dmpo": ("2c735fe", ""),
+    "dmpo": ("2c735fe", "4a7b769", ""),
 }
 
 

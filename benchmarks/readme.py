@@ -80,10 +80,10 @@ FINDINGS = {  # (claim, the verdict that makes it true, sentence)
          "but not of imitation of the same traces followed by RL."),
     ],
     "dmpo": [
-        ("DMPO: the quality ratio is above GRPO's", "not replicated",
-         "At the paper's lambda it is nearly GRPO: no better answers,"),
+        ("DMPO: the quality ratio is above GRPO's", "inconclusive",
+         "At the paper's lambda it is nearly GRPO: neither clearly better answers"),
         ("DMPO: more distinct feasible answers among 16 than with GRPO",
-         "not replicated", "hardly more distinct ones."),
+         "inconclusive", "nor clearly more distinct ones."),
     ],
     "ppo_envs": [
         ("Ours: up to 1,024 environments, more end higher with the recipe",
