@@ -32,9 +32,9 @@ Differences. L_DM is averaged over the groups of a batch (the paper does not say
 divergences are ours: the paper argues for the forward KL and runs the square. While q
 is nearly uniform, the forward KL pulls about G^2 / 2 times as hard, so compare
 dm_coefficient, not lambda. p and q are over samples, not over distinct answers: an
-answer that is drawn twice has two shares. The clip is grpo.py's (the paper's is 0.2 on
-both sides). Tasks, sizes and the default learning rate are for a tiny model; the rate
-is constant after a warm-up.
+answer that is drawn twice has two shares. The logged loss is L_GRPO alone, dm_loss is
+L_DM. The clip is grpo.py's (the paper's is 0.2 on both sides). Tasks, sizes and the
+default learning rate are for a tiny model; the rate is constant after a warm-up.
 
     python algos/dmpo.py
     python algos/dmpo.py --model Qwen/Qwen3-0.6B --data train.jsonl \

@@ -437,9 +437,9 @@ def tiny_model(problems: list[Problem], seed: int, steps: int, width=128) -> str
 
 
 def built_in(name: str, problems: list[Problem], args: Args) -> str:
-    """Folder of a built-in model that was not warm-started on any candidate; for the
-    chain task it starts from answers with its share of slips. Other names are returned
-    unchanged."""
+    """Folder of a built-in model that was warm-started on other problems than the
+    candidates (unless a task.py or --data repeats them); for the chain task it starts
+    from answers with its share of slips. Other names are returned unchanged."""
     if name not in SLIPS:
         return name
     start = problems[args.candidates :]

@@ -25,10 +25,11 @@ the best possible baseline).
                 topk       the KL of vopd-topk is differentiated        biased
                 clip       a = max(r, log(lam) / (1 - lam))             biased
 
-Unbiased: as an estimate of the gradient of the KL at each state, with the states held
-fixed (no token gets credit for what comes after it), and only on on-policy data: one
-update per batch. --mask-truncated chooses completions by their tokens: of the first
-three, none is unbiased with it.
+Unbiased: as an estimate of the gradient of the KL at each state, with the states and Z
+held fixed (no token gets credit for what comes after it; that Z counts sampled tokens
+adds a bias of the order of one over the number of completions), and only on on-policy
+data: one update per batch. --mask-truncated chooses completions by their tokens: of the
+first three, none is unbiased with it.
 
 Differences. All weights are trained unless --lora-rank is given. The learning rate
 rises over --warmup-steps (the official code has none), then falls as 1 / (1 + step /
@@ -529,8 +530,8 @@ def load_teacher(problems: list[Problem], args: Args) -> tuple:
 def same_vocabulary(model, tokenizer, teacher, teacher_tokenizer) -> None:
     """Reject a teacher whose ids stand for other tokens. Rows beyond the last token,
     which pad a vocabulary, are cut off both models: they cannot be sampled and get no
-    probability. The student takes over the teacher's EOS: it would learn never to emit
-    another one."""
+    probability. The student takes over the teacher's EOS, as it would learn never to
+    emit another one, and its chat template if it has none."""
     ours, theirs = tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if ours != theirs:
         token, _ = min(ours.items() ^ theirs.items(), key=str)
@@ -547,7 +548,8 @@ def same_vocabulary(model, tokenizer, teacher, teacher_tokenizer) -> None:
             config.vocab_size = padded
         elif (config.pad_token_id or 0) >= size:  # cannot be loaded again
             config.pad_token_id = None
-    tokenizer.eos_token = teacher_tokenizer.eos_token
+    tokenizer.add_special_tokens({"eos_token": teacher_tokenizer.eos_token})
+    tokenizer.chat_template = tokenizer.chat_template or teacher_tokenizer.chat_template
     stops = stop_ids(teacher, teacher_tokenizer)
     for config in (model.config, model.generation_config):
         config.eos_token_id = stops if len(stops) > 1 else stops[0]
@@ -595,7 +597,7 @@ def load_both(problems: list[Problem], args: Args) -> tuple:
     one base model for both, its weights are there once."""
     teacher, teacher_tokenizer = load_teacher(problems, args)
     name = args.model
-    if name == "tiny":
+    if name == "tiny" and not args.resume:
         name = tiny_model(problems, args.seed, args.tiny_steps, STUDENT_WIDTH)
     last = Path(args.run_dir, "checkpoint")
     model, tokenizer = load_model(str(last) if args.resume else name, args)
@@ -1046,7 +1048,7 @@ def distill_advantages(
         return r + kl, kl
     if estimator == "full":  # no action, no noise: distill_loss differentiates the KL
         return torch.zeros_like(r), reverse_kl(*batch)
-    if estimator == "topk":  # biased: mass moves inside the k, never in or out
+    if estimator == "topk":  # biased: how much mass the k have does not count
         return torch.zeros_like(r), reverse_kl(*batch, top_k)
     raise ValueError(f"no estimator {estimator!r}")
 
@@ -1516,7 +1518,7 @@ def train(args: Args) -> int:
         bar.set_postfix(shown, GB=metrics["peak_memory_gb"])
         if step == 1 and RANK == 0:
             tqdm.write(f"first completion: {rollout.texts[0]!r}")
-            tqdm.write("a loss near 0 is normal (not of full, topk): watch reverse_kl")
+            tqdm.write("a loss near 0 is normal with vopd: watch the held-out KL")
         if (stop or step % args.save_every == 0 or step == args.steps) and RANK == 0:
             save_checkpoint(run_dir, step, *parts)
             draw_curve(run_dir)

@@ -36,7 +36,7 @@ SIZES = 4_096, 32_768, 151_936
 
 def setting(vopd, v: int, tokens: int, hidden: int, device: str):
     """step(estimator): one call of distill on two models of vocabulary v, with weights
-    that have their gradients already, as in every step but the first."""
+    that have their gradients already, as in all micro-batches but a step's first."""
     shape = dict(hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=1)
     shape |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4)
     config = transformers.Qwen3Config(

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -413,14 +414,20 @@ def test_reference_is_copied_for_a_gradient(name, train, monkeypatch):
 
 
 @pytest.fixture
-def train(small_folder, tmp_path, monkeypatch, capsys):
+def train(small_folder, tmp_path, tmp_path_factory, monkeypatch, capsys):
     """train(name, plugin, *flags): exit code and stderr of a small run of that script,
     in this process, with a task.py."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     new = f"--task task.py --model {small_folder} --device cpu --steps 1 --run-dir run"
     new += " --prompts-per-step 2 --max-new-tokens 4 --eval-prompts 2"
-    more = {"vopd": f" --teacher {small_folder}"}
+    tokenizer = char_tokenizer()
+    teacher = save_model(
+        tmp_path_factory.mktemp("teacher") / "other",
+        small_qwen3(len(tokenizer), seed=1),
+        tokenizer,
+    )
+    more = {"vopd": f" --teacher {teacher}"}
     more |= {"prefixrl": " --candidates 8 --prefixes-per-problem 0"}
 
     def run(name: str, plugin: str, *flags: str) -> tuple[int, str]:
@@ -440,21 +447,80 @@ def train(small_folder, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_rate_does_not_rise_or_noise_repeats(name, train, monkeypatch):
-    """The learning rate rises over the warm-up (vopd.py's then falls), and each step
-    has noise of its own: a run that is compared with itself would not show it."""
-    script, numbers, rates = load_script(name), [], []
+    """The learning rate rises over the warm-up (vopd.py's then falls), weights do not
+    decay, and each step has noise of its own: a run that is compared with itself would
+    not show it."""
+    script, numbers, rates, decays = load_script(name), [], [], set()
     draw, step = script.uniforms, script.optimizer_step
     note = lambda *x: numbers.append(x[1]) or draw(*x)
     monkeypatch.setattr(script, "uniforms", functools.wraps(draw)(note))
-    note = lambda *x: rates.append(x[1].param_groups[0]["lr"]) or step(*x)
-    monkeypatch.setattr(script, "optimizer_step", note)
+
+    def note_rate(model, optimizer, *rest):
+        (group,) = optimizer.param_groups
+        rates.append(group["lr"])
+        decays.add(group["weight_decay"])
+        return step(model, optimizer, *rest)
+
+    monkeypatch.setattr(script, "optimizer_step", note_rate)
     flags = "--steps", "3", "--warmup-steps", "2", "--learning-rate", "0.01"
+    flags += ("--decay-steps", "50") if name == "vopd" else ()
     assert train(name, PLUGIN, *train.new(name), *flags)[0] == 0
     steps = [x for x in numbers if 0 < x < 10**9]  # 0: evaluations, 10^9: a search
     assert steps == [1, 2, 3]
-    falls = [1 + s / 100 if name == "vopd" else 1 for s in steps]
+    falls = [1 + s / 50 if name == "vopd" else 1 for s in steps]
     expected = [rate / fall for rate, fall in zip((0.005, 0.01, 0.01), falls)]
-    assert rates == pytest.approx(expected)
+    assert rates == pytest.approx(expected) and decays == {0}
+
+
+@pytest.mark.parametrize("name, tiny, other", [
+    ("grpo", "1e-4", "1e-6"),
+    ("vopd", "1e-3", "1e-5"),
+    ("dmpo", "3e-4", "1e-6"),
+    ("prefixrl", "3e-4", "1e-6"),
+])  # fmt: skip
+def test_real_model_has_the_rate_of_a_toy(name, tiny, other, monkeypatch, capsys):
+    """A rate that is right for a million parameters destroys a billion: each kind of
+    model has the default that --help states. Ranks share the prompts of a step evenly,
+    or the means over the ranks weigh some more than others."""
+    script = load_script(name)
+    for model, wanted in (("tiny", tiny), ("a/folder", other)):
+        args = script.Args(device="cpu", model=model)
+        if name == "vopd":
+            args.teacher = "b/folder"
+        script.check(args)
+        assert args.learning_rate == float(wanted)
+    stated = rf"learning_rate: .*default: {tiny} for tiny, (else )?{other}\b"
+    assert re.search(stated, script_path(name).read_text())
+    monkeypatch.setattr(script, "WORLD_SIZE", 3)
+    with pytest.raises(SystemExit) as stop:
+        script.check(args)
+    assert stop.value.code == 2 and "ranks must divide" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_checkpoint_is_not_due_or_a_stop_is_ignored(name, train, monkeypatch, tmp_path):
+    """A run that saves at its end alone is lost by a crash, and one that does not look
+    for a Ctrl-C is killed. --save-every 2: steps 2, 4 and the last; a stop in step 2:
+    that step is saved, and the run ends with the code of an interrupt."""
+    script, saved, stops, steps = load_script(name), [], [], []
+    save, update, new = script.save_checkpoint, script.update, train.new(name)
+    note = lambda *x: saved.append(x[1]) or save(*x)
+    monkeypatch.setattr(script, "save_checkpoint", note)
+    monkeypatch.setattr(script, "catch_stops", lambda: stops)
+    assert train(name, PLUGIN, *new, "--steps", "5", "--save-every", "2")[0] == 0
+    assert saved == [0, 2, 4, 5]
+
+    def interrupted(*x):
+        steps.append(1)
+        stops.extend([1] if len(steps) == 2 else [])
+        return update(*x)
+
+    monkeypatch.setattr(script, "update", interrupted)
+    shutil.rmtree(tmp_path / "run")
+    assert train(name, PLUGIN, *new, "--steps", "5", "--save-every", "9")[0] == 130
+    assert saved == [0, 2, 4, 5, 0, 2] and len(steps) == 2
+    state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
+    assert state["step"] == metrics_of(tmp_path / "run")[-1]["step"] == 2
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -905,6 +971,9 @@ def test_answer_of_a_plug_in_names_the_cache(grpo, monkeypatch, tmp_path):
     for solution, answer in (("1", object()), ("1", {1, 2}), ("2", 0)):
         grpo.tiny_model([grpo.Problem("1", answer, solution)], 1, steps=2)
     assert names[0] == names[1] != names[2]
+    for other in ("9", 1, 2, 128), ("1", 9, 2, 128), ("1", 1, 9, 128), ("1", 1, 2, 9):
+        grpo.tiny_model([grpo.Problem(other[0], 0, "2")], *other[1:])
+    assert len({*names[2:]}) == 5  # of another prompt, seed, length or width
 
 
 @pytest.mark.parametrize("name", ["grpo", "vopd", "prefixrl", "dmpo"])

@@ -230,15 +230,26 @@ def tensors_of(function) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name, length", [("gpt2", 100), ("qwen3", 400), ("mistral", 100), ("gemma3", 100)]
+    "name, length, even",
+    [
+        ("gpt2", 100, False),
+        ("qwen3", 400, False),
+        ("qwen3", 400, True),
+        ("mistral", 100, False),
+        ("mistral", 100, True),
+        ("gemma3", 100, False),
+    ],
 )
-def test_graph_replays_what_has_moved(grpo, monkeypatch, name, length):
+def test_graph_replays_what_has_moved(grpo, monkeypatch, name, length, even):
     """A CUDA graph goes on with the tensors, shapes and branches of the step that was
     recorded: what Python puts in their place later is not seen. Here the operations of
     one step are recorded on the CPU and replayed, as completions end, rows are dropped
-    and columns are added: the tokens and log-probs are those without it."""
+    and columns are added: the tokens and log-probs are those without it. Where no
+    prompt is padded (even), transformers would leave out the mask that hides the
+    columns which are still empty."""
     model = (SMALL | WINDOWS)[name](40)
-    prompts = grpo.pad([[5, 6, 7, 8, 9], [7], [9, 9], [8, 3, 2]], 0, "left")
+    prompts = [[5, 6, 7, 8, 9], [7], [9, 9], [8, 3, 2]]
+    prompts = grpo.pad([x[-1:] * 5 if even else x for x in prompts], 0, "left")
     stops = torch.tensor([1, 11, 12] if length == 100 else [1])
     noise = random_noise(64, length, seed=1)
     batch = model, prompts, (prompts != 0).long(), noise, 0.7, stops

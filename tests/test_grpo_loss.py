@@ -300,6 +300,19 @@ def test_loss_near_0_and_really_not_training(grpo):
     assert seconds == [1.0, 2.0, 3.0] and shown["tokens_per_second"] == 3.5
 
 
+def test_speed_is_that_of_one_rank(grpo, monkeypatch):
+    """tokens_per_second counts the tokens of all ranks; the other metrics of a rollout
+    are their means, not their sums."""
+    rollout = random_rollout(grpo, 16, [2, 2], [3, 5])
+    alone = grpo.describe(rollout, [0.0, 1.0, 2.0, 4.0], cpu_args(grpo))
+    monkeypatch.setattr(grpo, "WORLD_SIZE", 3)
+    monkeypatch.setattr(grpo, "all_reduce", lambda x: 3 * x)  # of three equal ranks
+    three = grpo.describe(rollout, [0.0, 1.0, 2.0, 4.0], cpu_args(grpo))
+    assert alone["tokens_per_second"] == 2 and three["tokens_per_second"] == 6
+    for name in "completion_length", "truncated_share", "reward_mean":
+        assert three[name] == pytest.approx(alone[name])
+
+
 def test_gradient_clipped_before_it_is_whole(grpo):
     """Clipping the gradient of each micro-batch instead of the sum bends its direction:
     what the optimiser sees is the whole gradient, shortened to the norm asked for, and

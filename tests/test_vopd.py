@@ -432,6 +432,39 @@ def test_logits_exist_whole_or_are_kept(vopd, monkeypatch):
     assert set(largest.values()) == {32}
 
 
+def test_logits_are_summed_in_bf16(vopd, monkeypatch):
+    """A logsumexp in bf16 is wrong in its second digit, and so are r and the KL: what
+    the matrix product gives in bf16 is widened before anything is summed. The sums are
+    those of float64 from the same bf16 logits."""
+    models = [small_qwen3(500, seed=seed) for seed in (0, 1)]
+    rollout = random_rollout(vopd, 500, [2] * 4, [9, 7, 9, 3])
+    args, made = cpu_args(vopd, dtype="bfloat16", estimator="vopd"), []
+    linear, given = torch.nn.functional.linear, []
+    real = vopd.distill_loss
+
+    def keep(x, weight, *rest):
+        y = linear(x, weight, *rest)
+        made.extend([y.detach()] if len(weight) == 500 else [])
+        return y
+
+    def note(student, teacher, tokens, mask, *rest):
+        given.append((tokens, mask))
+        return real(student, teacher, tokens, mask, *rest)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", keep)
+    monkeypatch.setattr(vopd, "distill_loss", note)
+    found, _ = vopd.distill(*models, rollout, rollout.completion_mask, 1, args)
+    assert len(made) == 2 and {x.dtype for x in made} == {torch.bfloat16}
+    log_p, log_q = (x.double().log_softmax(-1) for x in made)
+    ((y, mask),) = given
+    at = lambda logs: logs.gather(-1, y[:, None])[:, 0]
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    loss = -((at(log_q) - at(log_p) + kl) * at(log_p) * mask).sum()
+    gaps = (at(log_p) * mask).abs().sum()  # nothing was sampled: log-probs of 0
+    wanted = torch.stack([loss, (kl * mask).sum(), mask.sum(), gaps])
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_truncated_completions_count(vopd):
     """With --mask-truncated a completion without an EOS is in neither the numerator nor
     the denominator: the gradient is that of the others alone; with nothing left it is
@@ -543,16 +576,20 @@ def test_student_never_ends_as_its_teacher_does(vopd, cli, folders, tmp_path):
     teacher = tmp_path / "ends"
     shutil.copytree(folders[1], teacher)
     path = teacher / "tokenizer_config.json"
-    path.write_text(path.read_text().replace('"<eos>"', '"~"'))
+    more = {"chat_template": "{{ messages[0].content }}"}
+    text = path.read_text().replace('"<eos>"', '"~"')
+    path.write_text(json.dumps(json.loads(text) | more))
     (teacher / "generation_config.json").write_text(f'{{"eos_token_id": {ids["~"]}}}')
     assert cli(teacher=teacher, max_new_tokens=24).code == 0
     _, saved = vopd.load_model("run/checkpoint", cpu_args(vopd))
     assert saved.eos_token == "~" and saved.get_vocab() == ids
+    assert saved.chat_template == more["chat_template"]  # the student has none
     for name in "config.json", "generation_config.json":
         config = json.loads((tmp_path / "run/checkpoint" / name).read_text())
         assert config["eos_token_id"] == ids["~"]
     texts = [json.loads(x) for x in open("run/samples.jsonl")][1:]
-    assert not any("~" in y[:-1] for line in texts for y in line["completions"])
+    answers = [y for line in texts for y in line["completions"]]
+    assert answers and not any("~" in y for y in answers)  # not text, as any EOS
 
 
 def test_teacher_with_other_ids_is_believed(vopd, cli, folders, tmp_path):
@@ -576,13 +613,25 @@ def test_teacher_with_other_ids_is_believed(vopd, cli, folders, tmp_path):
 
 
 def test_teacher_scores_beyond_its_context(vopd, cli, folders, tmp_path):
-    """A student with a longer context writes what its teacher cannot read."""
+    """A student with a longer context writes what its teacher cannot read, and the
+    other way round."""
     tokenizer = char_tokenizer()
     small = small_qwen3(len(tokenizer), max_position_embeddings=12)
-    teacher = save_model(tmp_path / "small", small, tokenizer)
-    result = cli(teacher=teacher, max_new_tokens=8)
-    assert result.code == 2 and "there is room for 4" in result.errors[0], result
-    assert not (tmp_path / "run").exists()
+    short = save_model(tmp_path / "small", small, tokenizer)
+    for which in dict(teacher=short), dict(model=short):
+        result = cli(**which, max_new_tokens=8)
+        assert result.code == 2 and "there is room for 4" in result.errors[0], result
+        assert not (tmp_path / "run").exists()
+
+
+def test_resumed_student_is_made_anew(vopd, cli, folders, tmp_path, monkeypatch):
+    """--resume warms up the built-in student once more, only to throw it away."""
+    assert cli().code == 0
+    monkeypatch.setattr(vopd, "tiny_model", lambda *_: 1 / 0)
+    args = cpu_args(vopd, model="tiny", teacher=folders[1], run_dir="run", resume="run")
+    model, _, _ = vopd.load_both([], args)
+    saved = load_file(tmp_path / "run/checkpoint/model.safetensors")
+    assert all(torch.equal(model.get_parameter(name), x) for name, x in saved.items())
 
 
 def test_wrong_flag_is_a_traceback_or_runs(cli, folders, tmp_path):
@@ -753,7 +802,8 @@ optimizer = Recorder(model)
 args = cpu_args(vopd, mask_truncated=True, micro_batch_size=3)
 stats = vopd.update(model, small_qwen3(20, seed=1).double(), optimizer, rollout, args)
 file = f"{folder}/{{vopd.RANK}}-of-{{vopd.WORLD_SIZE}}.pt"
-torch.save((optimizer.seen[0], stats["loss"], stats["reverse_kl"]), file)
+names = "loss", "reverse_kl", "delta_logp_mean", "delta_logp_max"
+torch.save((optimizer.seen[0], *(stats[name] for name in names)), file)
 if vopd.WORLD_SIZE > 1:
     dist.barrier()
     dist.destroy_process_group()
@@ -763,8 +813,8 @@ if vopd.WORLD_SIZE > 1:
 
 def test_ranks_divide_by_their_own_tokens(tmp_path):
     """Each rank's mean, averaged, weighs a token by the length of what its rank drew:
-    two ranks with different numbers of tokens have the gradient, loss and KL of one
-    process. https://github.com/verl-project/verl/issues/5625"""
+    two ranks with different numbers of tokens have the gradient, loss, KL and gaps of
+    one process. https://github.com/verl-project/verl/issues/5625"""
     code = RANKS.format(tests=str(Path(__file__).parent), folder=tmp_path)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -809,7 +859,8 @@ def test_run_cannot_be_saved(vopd, cli, folders, tmp_path):
 def test_teacher_is_trained_on_held_out_problems(vopd, folders, tmp_path, monkeypatch):
     """The built-in teacher sees more problems than the student, drawn with other seeds.
     A plug-in that splits by seed would put the run's held-out ones among them, others
-    would be read three times more: of these it has the student's own."""
+    would be read three times more: of these it has the student's own. Its steps are
+    --teacher-steps."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "task.py").write_text(
         "def problems(split, seed):\n"
@@ -819,16 +870,20 @@ def test_teacher_is_trained_on_held_out_problems(vopd, folders, tmp_path, monkey
         "def reward(problem, completion):\n    return 0.0\n"
     )
     seen = []
-    there = lambda problems, *_, **__: seen.append(problems) or folders[1]
+    there = lambda *x, **how: seen.append(x[0]) or steps.append(how) or folders[1]
+    steps = []
     monkeypatch.setattr(vopd, "tiny_model", there)
     for task in "task.py", "countdown":
         args = cpu_args(vopd, task=task, eval_prompts=10, prompts_per_step=2, seed=3)
+        args.teacher_steps = 7
         problems, held_out, _ = vopd.load_task(args)
         vopd.load_teacher(problems, args)
         asked = {problem.prompt for problem in held_out}
         assert len(asked) == 10 and not asked & {problem.prompt for problem in seen[-1]}
         assert {problem.prompt for problem in problems} <= {x.prompt for x in seen[-1]}
     assert len(seen[0]) == 60 and len(seen[1]) == 4 * 20_000
+    assert len({x.prompt for x in seen[1]}) > 2 * len({x.prompt for x in problems})
+    assert [how["steps"] for how in steps] == [7, 7]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
