@@ -960,6 +960,22 @@ def test_head_of_more_than_one_layer_is_scored_by_its_last(refused, tmp_path):
     refused("--model", "./modern", words=("./modern", "head"))
 
 
+@pytest.mark.parametrize("key", [
+    "final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier",
+])  # fmt: skip
+def test_rescaled_logits_are_scored_by_the_bare_head(grpo, key):
+    """Gemma 2, Cohere, Granite and Falcon-H1 change their logits after the head, which
+    the chunked log-probs would not: such a model is refused, by the name of what does
+    it."""
+    model = small_qwen3(12)
+    grpo.check_scores(model)
+    setattr(model.config, key, 1.0)  # changes nothing
+    grpo.check_scores(model)
+    setattr(model.config, key, 30.0)
+    with pytest.raises(ValueError, match=key):
+        grpo.check_scores(model)
+
+
 def test_answer_of_a_plug_in_names_the_cache(grpo, monkeypatch, tmp_path):
     """The tiny model starts from prompts and worked answers. An answer may be any
     object; its address, or the order of a set, is another one in each process, which
