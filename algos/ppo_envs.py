@@ -37,8 +37,8 @@ MinAtar's sticky actions, only the actions with an effect and at most 1,000 step
 The state of gym:<id> is not saved: --resume begins new episodes there. Evaluation
 episodes of gym:<id> and gymnax:<id> are cut after 10,000 steps. Under torchrun each
 rank has a share of the environments and of each minibatch; random draws depend on seed
-and step alone: the number of ranks changes the speed, not the result, unless the blocks
-do not divide a rank's share.
+and step alone: the number of ranks changes the speed, not the result (apart from
+rounding, which training amplifies), unless the blocks do not divide a rank's share.
 
     python algos/ppo_envs.py
     python algos/ppo_envs.py --num-envs 1048576 --rollout-length 8 --steps 3
@@ -1109,8 +1109,10 @@ def train(args: Args) -> int:
         metrics |= describe(stats, totals, clock, start, batch)
         if "grad_norm" not in metrics:
             how = "start a new run with a lower --learning-rate"
-            if bad := [x for x in ("obs", "rewards") if not batch[x].isfinite().all()]:
-                how = f"nor are the environment's {' and '.join(bad)}"
+            data = batch["obs"], batch["rewards"]
+            bad = [float(not x.isfinite().all()) for x in data]
+            if all_reduce(torch.tensor(bad, device=args.device)).any():  # of any rank
+                how = "nor are all observations and rewards of the environments"
             fail(f"the gradient of step {step} is not finite, it is not saved: {how}")
         if step % args.eval_every == 0 or step == args.steps:
             metrics |= evaluate(agent, test_env, args)

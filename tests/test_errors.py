@@ -379,6 +379,7 @@ def test_more_ranks_than_gpus_are_a_traceback(name, monkeypatch, capsys):
     so in one line."""
 
     def absent(number):
+        assert number == 1  # this node's, though its rank is 0 here
         raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors ...")
 
     script = load_script(name)

@@ -1107,7 +1107,7 @@ def test_nan_is_saved_over_the_last_good(
         run("--steps", 4, "--save-every", 1, "--run-dir", "run")
     errors = [x for x in capsys.readouterr().err.splitlines() if "error:" in x]
     assert stop.value.code == 2 and len(errors) == 1 and "step 3" in errors[0]
-    said = "environment's rewards" in errors[0], "--learning-rate" in errors[0]
+    said = "and rewards of the env" in errors[0], "--learning-rate" in errors[0]
     assert said == (guilty == "rewards", guilty == "loss")
     state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
     agent = state["agent"].values()
@@ -1166,6 +1166,26 @@ def test_curve_has_a_point_before_the_first_episode_ends(ppo, tmp_path, monkeypa
     monkeypatch.setattr(ppo.Figure, "savefig", keep)
     ppo.draw_curve(tmp_path)
     assert [line.get_xydata().tolist() for line in drawn] == [[[0.0, 9.0]]]
+
+
+def test_speed_is_that_of_one_rank(ppo, monkeypatch, capsys):
+    """The logged speeds count the transitions of all ranks, and each rank has as many
+    environments as any other."""
+    clock, zeros = [[0.0, 1.0, 2.0], [2.0, 3.0, 5.0], [5.0] * 3], torch.zeros(3)
+    batch, found = {"rewards": torch.zeros(2, 8)}, []
+    monkeypatch.setattr(ppo.time, "perf_counter", lambda: 10.0)
+    for ranks in 1, 4:
+        monkeypatch.setattr(ppo, "WORLD_SIZE", ranks)
+        found.append(ppo.describe({}, zeros, clock, 2.0, batch))
+    one, four = ({k: x for k, x in shown.items() if "steps" in k} for shown in found)
+    wanted = {"env_steps_per_second": 16 / 3, "act_steps_per_second": 16 / 5}
+    assert one == wanted | {"steps_per_second": 2.0}
+    assert four == {key: 4 * value for key, value in one.items()}
+    spent = found[0]["seconds_rollout"], found[0]["seconds_update"]
+    assert spent == (5.0, 3.0)
+    with pytest.raises(SystemExit):
+        ppo.check(args_of(ppo, num_envs=258, minibatch_size=516))
+    assert "--num-envs" in capsys.readouterr().err
 
 
 def test_one_environment_is_not_enough(ppo, run, tmp_path, capsys):

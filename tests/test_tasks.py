@@ -191,6 +191,18 @@ GSM8K_REWARDS = [
     ("-3.5", r"-\frac{7}{2}", 1),
     ("0", "1/0", 0),
     ("18", "18 m^2", 1),
+    ("18", "18 m^{2}", 1),
+    ("3.5", r"\boxed{\tfrac{7}{2}}", 1),
+    ("132", r"\(\boxed{132}\) spoons make 16 muffins", 1),
+    ("16", r"\(\boxed{132}\) spoons make 16 muffins", 0),
+    ("2", r"\boxed{1} or \boxed{2}, of 3", 1),
+    ("-20", r"\boxed{-\$20}", 1),
+    ("-5", "it is –5", 1),
+    ("42", "<think>\nLet me see: 42", 0),
+    ("42", "<think>7</think> 42", 1),
+    ("42", "7 </think> 42", 1),
+    ("7", "<think>7</think>", 0),
+    ("42", "<think>7</think> 42 <think> 42", 0),
     ("2", "18 m^2", 0),
 ]
 
@@ -320,6 +332,9 @@ def test_box_is_cut_at_the_first_brace(load, tmp_path, capsys):
     assert sorted(order) == sorted(in_file) and order != in_file
     again = [problem.answer for problem in load("math", MATH_DATASET=folder)[1]]
     assert again == order  # every run is measured on the same first problems
+    for seed in 2, 3:
+        other = inside(reward)["problems"]("eval", seed)
+        assert [problem["answer"] for problem in other] == order
     boxed = inside(reward)["boxed"]
     assert {text: boxed(text) for text, _ in BOXED} == dict(BOXED)
     assert [boxed(text) for text in UNBOXED] == [None] * len(UNBOXED)
@@ -347,6 +362,11 @@ MATH_REWARDS = [
     ("5", r"\boxed{5}" + "." * 1_900, 1),
     ("5", r"\boxed{5}" + "." * 2_100, 0),
     ("5", r"\boxed{}", 0),
+    ("32348", r"\boxed{32\,348}", 1),
+    ("3.5", r"\boxed{\tfrac{7}{2}}", 1),
+    ("5", r"<think> maybe \boxed{5}, but", 0),
+    ("5", r"<think>\boxed{4}</think>\boxed{5}", 1),
+    ("4", r"<think>\boxed{4}</think>", 0),
     ("5", r"\boxed{x+}", 0),
     ("5", r"\boxed{\frac{}}", 0),
     ("5", "\\boxed{\0}", 0),
@@ -412,6 +432,17 @@ def test_killed_worker_makes_a_right_answer_wrong(math_reward, capsys):
     assert math_reward("5", r"\boxed{10/2}") == 1.0
     assert math_reward("5", r"\boxed{11/2}") == 0.0
     assert capsys.readouterr().err == ""
+
+
+def test_idle_worker_ends_during_a_rollout(math_reward):
+    """The alarm of a verdict that goes on without its run rings once the verdict is
+    there: each rollout then waits for a new worker."""
+    assert math_reward("5", r"\boxed{10/2}") == 1.0
+    process, _ = math_reward.worker()
+    time.sleep(2 * 1 + 1 + 0.5)
+    assert math_reward.worker()[0] is process and process.poll() is None
+    assert math_reward("5", r"\boxed{10/2}") == 1.0
+    assert math_reward.worker()[0] is process
 
 
 ORPHAN = """
@@ -509,26 +540,69 @@ def test_generator_cannot_be_posed_or_scored(load):
 
 def test_scorer_that_pays_for_a_constant_is_not_named(load, capsys):
     """A model finds an answer that is paid for whatever was asked, and pass@1 is 1: of
-    all but the slow generators those that take one of these for most of 12 problems are
-    named on stderr when they are loaded, no other is."""
-    names = ",".join(GENERATORS)
-    every = dict(REASONING_GYM=names, REASONING_GYM_SIZE=16 * len(GENERATORS))
+    all but the slow generators, and of puzzle24, those that take one of these for most
+    of 12 problems are named on stderr when they are loaded, no other is. One takes its
+    question back."""
+    names = [*GENERATORS, "puzzle24"]
+    every = dict(REASONING_GYM=",".join(names), REASONING_GYM_SIZE=16 * len(names))
     problems, _, reward = load("reasoning_gym", **every)
     said, asked = capsys.readouterr().err, {}
     for problem in problems:
         asked.setdefault(problem.answer["name"], []).append(problem)
     judge, paid = inside(reward)["judge"], set()
     for name, some in asked.items():
-        for constant in ("0", "nan", "x"):
+        for constant in ("0", "nan", "x", "6*4*1*1", "(P ∨ Q)", "Integral({}, {})"):
             scores = []
             for problem in some[:12]:
+                entry = problem.answer["entry"]
+                known = entry["metadata"].get
+                text = constant.format(known("integrand"), known("variable"))
                 try:
-                    scores.append(judge(name, constant, problem.answer["entry"]))
+                    scores.append(judge(name, text, entry))
                 except Exception:  # as in the worker
                     scores.append(0.0)
             if sum(score >= 1 for score in scores) > len(scores) / 2:
                 paid.add(name)
-    assert paid == {name for name in asked if f"{name}: " in said} and len(paid) >= 3
+    assert paid == {name for name in asked if f"{name}: " in said} and len(paid) == 6
+
+
+LISTS = """
+import runpy, sys
+task = runpy.run_path(sys.argv[1])
+print([p["prompt"][0]["content"] for p in task["problems"]("train", 1)])
+"""
+
+
+def test_problems_differ_from_process_to_process():
+    """A generator that does not keep to its seed makes a run that cannot be resumed:
+    list_functions draws from the seed of the process."""
+    command = [sys.executable, "-c", LISTS, str(TASKS / "reasoning_gym.py")]
+    names = {"REASONING_GYM": "list_functions", "REASONING_GYM_SIZE": "80"}
+    made = [
+        subprocess.run(command, env=os.environ | names, capture_output=True, text=True)
+        for _ in range(2)
+    ]
+    assert len(made[0].stdout) > 5_000 and made[0].stdout == made[1].stdout
+
+
+def test_first_answer_is_paid():
+    """Of several answers the last one counts, wherever in the last 10,000 characters it
+    stands; what is thought before </think>, or in a thought that has no end, does
+    not."""
+    reward, asked = runpy.run_path(str(TASKS / "reasoning_gym.py"))["reward"], []
+    inside(reward)["bounded"] = lambda *job: asked.append(job[1]) or 1.0
+    problem = SimpleNamespace(answer={"name": "chain_sum", "entry": {}})
+    for text, answer in (
+        ("<answer>1</answer> or <answer> 2 </answer>.", "2"),
+        ("<answer>1</answer>" + " x" * 4_900, "1"),
+        ("<answer>1</answer>" + " x" * 5_100, None),
+        ("<think><answer>1</answer></think><answer>2</answer>", "2"),
+        ("<think><answer>1</answer></think>", None),
+        ("<think><answer>1</answer>", None),
+    ):
+        asked.clear()
+        assert reward(problem, text) == bool(answer)
+        assert asked == ([answer] if answer else [])
 
 
 def test_held_out_question_is_trained_on(load, monkeypatch):
@@ -565,6 +639,9 @@ def test_score_evaluates_the_completion(load, tmp_path, monkeypatch):
     run as code. Each of these scores next to nothing within the limit, leaves no trace,
     and the next completion is judged as ever."""
     monkeypatch.chdir(tmp_path)
+    Path("kept").touch()
+    signals = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: signals.append(1))
     names = dict(REASONING_GYM="string_insertion,countdown", REASONING_GYM_SIZE=20)
     problems, _, reward = load("reasoning_gym", **names, REASONING_GYM_SECONDS=1)
     for name, text in [
@@ -576,14 +653,18 @@ def test_score_evaluates_the_completion(load, tmp_path, monkeypatch):
         ("string_insertion", "__import__('subprocess').run(['touch', 'trace'])"),
         ("string_insertion", "__import__('pathlib').Path('trace').touch()"),
         ("string_insertion", "open('trace', 'w').write('x')"),
+        ("string_insertion", "__import__('os').remove('kept')"),
+        ("string_insertion", "(o := __import__('os')).kill(o.getppid(), 10)"),
         ("string_insertion", "[x for x in iter(int, 1)]"),
     ]:
         problem = next(p for p in problems if p.answer["name"] == name)
         inside(reward)["worker"]()
         value, seconds = timed(reward, problem, f"<answer>{text}</answer>")
         assert value <= 0.05 and seconds < 1 + START, text
-        assert not Path("trace").exists(), text
+        assert Path("kept").exists() and not Path("trace").exists(), text
         assert reward(problem, problem.solution) == 1.0, text
+    signal.signal(signal.SIGUSR1, before)
+    assert not signals  # the run itself could be ended
 
 
 def test_score_out_of_range_is_trained_on():
@@ -606,12 +687,15 @@ def test_score_out_of_range_is_trained_on():
         ({"REASONING_GYM": ""}, "no generator ''"),
         ({"REASONING_GYM_CONFIG": "{"}, "JSONDecodeError"),
         ({"REASONING_GYM": "chain_sum", "REASONING_GYM_SIZE": "two"}, "'two'"),
+        ({"REASONING_GYM_SECONDS": "0"}, "REASONING_GYM_SECONDS is 0.0"),
+        ({"MATH_SECONDS": "nan"}, "MATH_SECONDS is nan"),
     ],
 )
 def test_wrong_setting_is_a_traceback(load, capsys, variables, message):
     """A typing error in an environment variable is a user's, to be told in one line."""
+    task = "math" if "MATH_SECONDS" in variables else "reasoning_gym"
     with pytest.raises(SystemExit) as stop:
-        load("reasoning_gym", **variables)
+        load(task, **variables)
     assert re.search(message, only_error(stop, capsys))
 
 

@@ -896,7 +896,7 @@ def test_teacher_of_a_gpu_is_in_bf16_whatever_dtype_says(vopd, folders, dtype):
     assert not any(x.requires_grad for x in teacher.parameters())
 
 
-def test_metrics_are_sums_where_they_say_means(vopd):
+def test_metrics_are_sums_where_they_say_means(vopd, monkeypatch):
     """vopd.py has a describe of its own; what it shows is worked out by hand here."""
     rollout = random_rollout(vopd, 16, [4, 4, 2, 3], [2, 5, 3, 4])
     rollout.rewards = torch.tensor([1.0, 0.0, 0.5, 0.5])
@@ -906,6 +906,10 @@ def test_metrics_are_sums_where_they_say_means(vopd):
     assert shown["truncated_share"] == 0.25
     seconds = [shown[f"seconds_{name}"] for name in ("rollout", "score", "update")]
     assert seconds == [1.0, 2.0, 4.0] and shown["tokens_per_second"] == 2.0
+    monkeypatch.setattr(vopd, "WORLD_SIZE", 3)
+    monkeypatch.setattr(vopd, "all_reduce", lambda x: 3 * x)  # of three equal ranks
+    three = vopd.describe(rollout, [0.0, 1.0, 3.0, 7.0], cpu_args(vopd))
+    assert three["tokens_per_second"] == 6.0 and three["reward_mean"] == 0.5
 
 
 def test_teacher_in_bf16_is_lost_in_a_long_text(vopd, folders):

@@ -11,10 +11,11 @@
                 without network: hf download openai/gsm8k --repo-type dataset
                 --local-dir gsm8k
 
-The reward is 1 if the last number in the last 1,000 characters of a completion equals
-the answer: 1,234 and $1234.00 are equal, 1/2 is a half. Evaluation takes the test split
-in its order; a question of it that is in the train split too is not trained on. Needs
-benchmarks/requirements.txt.
+The reward is 1 if the last number in the last 1,000 characters of a completion, or in
+the last \\boxed{...} there, equals the answer: 1,234 and $1234.00 are equal, 1/2 is a
+half. What is thought before </think> does not count, and a thought that is not ended
+earns nothing. Evaluation takes the test split in its order; a question of it that is in
+the train split too is not trained on. Needs benchmarks/requirements.txt.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from decimal import Decimal
 INSTRUCTION = "Reason step by step. End with the answer as a plain number."
 # a minus sign directly behind a word, a number or a bracket is a difference
 NUMBER = re.compile(
-    r"((?<![\w)])[-−])?\$?([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?"
+    r"((?<![\w)])[-−–])?\\?\$?([0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?"
     r"|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:/([0-9]+))?"
 )
+BOX = re.compile(r"\\boxed\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")  # and one level of braces
 LATEX = {  # what is read as other numbers, and how it is written without LaTeX
     r"\{,\}": ",",
     r"\\[,!]": "",  # small spaces
@@ -39,8 +41,7 @@ LATEX = {  # what is read as other numbers, and how it is written without LaTeX
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in the last 1,000 characters; None if there is none."""
-    text = text[-1000:]
+    """The last number in a text; None if there is none."""
     for pattern, plain in LATEX.items():
         text = re.sub(pattern, plain, text)
     found = NUMBER.findall(text)
@@ -81,4 +82,9 @@ def problems(split: str, seed: int) -> Iterator[dict]:
 
 def reward(problem, completion: str) -> float:
     """1.0 if the completion's last number is the answer, else 0.0."""
-    return float(last_number(completion) == Decimal(problem.answer))
+    text = completion.rpartition("</think>")[2]
+    if "<think>" in text:  # it was cut off
+        return 0.0
+    boxes = BOX.findall(text[-1000:])
+    number = last_number(boxes[-1] if boxes else text[-1000:])
+    return float(number == Decimal(problem.answer))

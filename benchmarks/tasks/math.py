@@ -16,9 +16,10 @@
 
 The reward is 1 if the last \\boxed{...} in the last 2,000 characters of a completion is
 the text of the answer, or equal to it for math-verify (which does not compare the bases
-of numbers such as 12_7). Evaluation takes the test split
-in a fixed order that mixes its subjects; its questions are not trained on. Rows without
-a boxed answer are left out, and counted on stderr.
+of numbers such as 12_7, nor an interval with an inequality). What is thought before
+</think> does not count, and a thought that is not ended earns nothing. Evaluation takes
+the test split in a fixed order that mixes its subjects; its questions are not trained
+on. Rows without a boxed answer are left out, and counted on stderr.
 
 A completion may hold an expression that takes forever or all memory: math-verify runs
 in a worker process, which is ended at the limit. Needs benchmarks/requirements.txt.
@@ -43,6 +44,8 @@ if __name__ == os.path.basename(__file__)[:-3]:
 
 INSTRUCTION = r"Reason step by step and put the final answer in \boxed{}."
 SECONDS = float(os.environ.get("MATH_SECONDS", 3))
+if not 0.1 <= SECONDS < 1e6:
+    raise ValueError(f"MATH_SECONDS is {SECONDS}: it must be 0.1 or more")
 WARM_UP = r"\frac{1}{2}", "0.5"
 
 
@@ -63,6 +66,7 @@ def judge(answer: str, given: str) -> bool:
     from math_verify import LatexExtractionConfig, parse, verify
 
     latex = [LatexExtractionConfig(boxed_match_priority=0)]  # no Python expressions
+    answer, given = (re.sub(r"(?<!\\)\\[,!]", "", x) for x in (answer, given))  # spaces
     once = dict(raise_on_error=True, parsing_timeout=None, extraction_config=latex)
     a, b = (parse(rf"\boxed{{{text}}}", **once) for text in (answer, given))
     return verify(a, b, raise_on_error=True, timeout_seconds=None)
@@ -100,7 +104,8 @@ def problems(split: str, seed: int) -> Iterator[dict]:
 
 def reward(problem, completion: str) -> float:
     """1.0 if the completion's last box holds the answer, else 0.0."""
-    given = boxed(completion[-2000:])
+    text = completion.rpartition("</think>")[2]
+    given = None if "<think>" in text else boxed(text[-2000:])
     if given is None or given == problem.answer:
         return float(given is not None)
     return bounded(problem.answer, given.rstrip(".,"))

@@ -9,18 +9,20 @@
                            (default: countdown)
     REASONING_GYM_CONFIG   their settings, as in {"countdown": {"max_numbers": 4}}
     REASONING_GYM_SIZE     problems to make at the start (default: 2000), of which three
-                           quarters are trained on: seconds for most generators, over a
+                           quarters are trained on, and then as many more as
+                           evaluation needs: seconds for most generators, over a
                            minute for countdown, two seconds each for knight_swap
     REASONING_GYM_SECONDS  limit for one verdict (default: 3)
     REASONING_GYM_SUFFIX   put behind each question: see gsm8k.py's
 
 The reward is the generator's own score, 0 to 1, of what stands in the last <answer>
-</answer> of the last 10,000 characters of a completion; 0 without one. The scorers of
-three generators pay for one answer to all questions; a line says so. A question's own
-text decides whether it is held out (a quarter is), so the splits share none under any
-seed; their generators have seeds apart as well. Those of isomorphic_strings,
-polynomial_multiplication and ransom_note follow PYTHONHASHSEED too: fix it to resume a
-run, and for torchrun.
+</answer> of the last 10,000 characters of a completion; 0 without one, and for a
+<think> that is not ended. The scorers of six generators pay for one answer to most
+questions, or for an echo; a line says so. A question's own text decides whether it is
+held out (a quarter is), so the splits share none under any seed; their generators have
+seeds apart as well. Those of isomorphic_strings, polynomial_multiplication and
+ransom_note follow PYTHONHASHSEED too: fix it to resume a run, and for torchrun. codeio
+makes other problems in each process: a run with it cannot be resumed, nor use torchrun.
 
 Some of these scores evaluate a completion's text as Python. So they run in a worker
 process, which is ended at the limit and may not write files, start processes or open
@@ -48,8 +50,12 @@ if __name__ == os.path.basename(__file__)[:-3]:
 
 INSTRUCTION = "Reason step by step, then give the answer as <answer>...</answer>."
 SECONDS = float(os.environ.get("REASONING_GYM_SECONDS", 3))
+if not 0.1 <= SECONDS < 1e6:
+    raise ValueError(f"REASONING_GYM_SECONDS is {SECONDS}: it must be 0.1 or more")
 WARM_UP = "chain_sum", "3", {"answer": "3"}
 PAYS_FOR = {"coin_flip": "0", "complex_arithmetic": "nan", "game_of_life_halting": "x"}
+PAYS_FOR |= {"puzzle24": "6*4*1*1", "propositional_logic": "(P ∨ Q)"}
+PAYS_FOR |= {"simple_integration": "Integral(what it asks to integrate, X)"}
 
 
 @functools.cache
@@ -80,6 +86,7 @@ def problems(split: str, seed: int) -> Iterator[dict]:
         raise ValueError(f"REASONING_GYM_CONFIG has {sorted(more)}: not in {names}")
     size = int(os.environ.get("REASONING_GYM_SIZE", 2000))
     first = random.Random(seed).randrange(2**30) + 2**30 * (split == "eval")
+    random.seed(first)  # list_functions draws from this, not from its own seed
     each = -(-size // len(names))
     entries = [generator(name, first, each) for name in names]
     worker()  # if reasoning-gym does not work there, that is said now
@@ -104,9 +111,10 @@ def generated(split: str, names: list[str], turns: Iterable[tuple]) -> Iterator[
 
 def reward(problem, completion: str) -> float:
     """The score of the completion's last <answer>...</answer>, 0 to 1."""
-    before, end, _ = completion[-10_000:].rpartition("</answer>")
+    text = completion.rpartition("</think>")[2]
+    before, end, _ = text[-10_000:].rpartition("</answer>")
     _, start, given = before.rpartition("<answer>")
-    if not (end and start):
+    if not (end and start) or "<think>" in text:
         return 0.0
     value = bounded(problem.answer["name"], given.strip(), problem.answer["entry"])
     if not -1e-6 < value < 1 + 1e-6:  # some add parts up, and round
