@@ -439,7 +439,7 @@ def test_idle_worker_ends_during_a_rollout(math_reward):
     there: each rollout then waits for a new worker."""
     assert math_reward("5", r"\boxed{10/2}") == 1.0
     process, _ = math_reward.worker()
-    time.sleep(2 * 1 + 1 + 0.5)
+    time.sleep(2 * 3 + 1 + 0.5)  # its own limit is the default
     assert math_reward.worker()[0] is process and process.poll() is None
     assert math_reward("5", r"\boxed{10/2}") == 1.0
     assert math_reward.worker()[0] is process
@@ -577,7 +577,7 @@ def test_problems_differ_from_process_to_process():
     """A generator that does not keep to its seed makes a run that cannot be resumed:
     list_functions draws from the seed of the process."""
     command = [sys.executable, "-c", LISTS, str(TASKS / "reasoning_gym.py")]
-    names = {"REASONING_GYM": "list_functions", "REASONING_GYM_SIZE": "80"}
+    names = {"REASONING_GYM": "list_functions", "REASONING_GYM_SIZE": "600"}
     made = [
         subprocess.run(command, env=os.environ | names, capture_output=True, text=True)
         for _ in range(2)
