@@ -52,6 +52,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import functools
 import io
@@ -445,6 +446,20 @@ def all_reduce(x: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
     if WORLD_SIZE > 1:
         dist.all_reduce(x, getattr(dist.ReduceOp, operation))
     return x
+
+
+def agree(x: int, args: Args) -> bool:
+    """Is x, below 2^63, the same on all of torchrun's ranks?"""
+    ends = all_reduce(torch.tensor([x, -x], device=args.device), "MAX")
+    return not ends.sum()  # max(x) = min(x)
+
+
+def check_start(model, step: int, args: Args) -> None:
+    """End the run if its ranks do not start with the same weights after the same step:
+    nodes may have folders of their own."""
+    first = [x.flatten()[:4096].float() for x in model.state_dict().values()]
+    if not agree(step + int(torch.cat(first).view(torch.int32).sum()), args):
+        fail("the ranks start with other weights: let all read the same folder")
 
 
 # ------------------------------------ Policy ------------------------------------------
@@ -906,7 +921,9 @@ def write_logs(args: Args, metrics: dict, sample: dict) -> None:
             if wandb.run is None:
                 mode = "online" if wandb.api.api_key else "offline"
                 mode = os.environ.get("WANDB_MODE", mode)
-                wandb.init(project=args.wandb_project, dir=args.run_dir, mode=mode)
+                how = dict(project=args.wandb_project, config=vars(args), mode=mode)
+                name = Path(args.run_dir).name
+                wandb.init(dir=args.run_dir, name=name, **how)
             wandb.log(metrics, step=metrics["step"])
     except Exception as e:
         args.track = False
@@ -1041,13 +1058,42 @@ def parse_args() -> Args:
     return args
 
 
-def catch_stops() -> list[int]:
+def catch_stops() -> list[float]:
     """Let Ctrl-C and SIGTERM fill this list, so that the run can finish its step and
-    save; the second one ends it at once."""
+    save. One that comes 3 s after the first or later ends it at once; sooner ones may
+    be the same stop, passed on by a scheduler and by torchrun."""
     stops = []
+
+    def stop(*_):
+        stops.append(time.monotonic())
+        if stops[-1] - stops[0] > 3:
+            sys.exit(130)
+        if len(stops) == 1 and RANK == 0:
+            with contextlib.suppress(OSError):  # print is not safe in here
+                os.write(2, b"\nstopping after this step; after 3 s, again: at once\n")
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
+        signal.signal(number, stop)
     return stops
+
+
+def join_ranks(args: Args) -> None:
+    """Under torchrun: meet the other ranks, which must have the same flags."""
+    if WORLD_SIZE == 1:
+        return
+    if args.device == "cuda":
+        with blame("each rank needs a GPU of its own (or --device cpu)"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if args.device == "cuda" else "gloo"
+    patience = datetime.timedelta(hours=2)  # the first rank may have to train a model
+    dist.init_process_group(backend, timeout=patience)
+    flags = [dict(vars(args))]
+    dist.broadcast_object_list(flags)
+    args.run_dir = flags[0].pop("run_dir")  # the ranks' clocks differ
+    for name, value in flags[0].items():
+        if getattr(args, name) != value:
+            mine = f"{getattr(args, name)!r} on rank {RANK}"
+            fail(f"--{name.replace('_', '-')} is {value!r} on rank 0 and {mine}")
 
 
 def print_table(run_dir: Path) -> None:
@@ -1084,6 +1130,7 @@ def train(args: Args) -> int:
         else:  # gym:<id>: new episodes, other ones than at the start
             torch.manual_seed(args.seed * 10**9 + step)
             live["obs"] = env.reset()
+    check_start(agent, step, args)
     if not args.resume:
         metrics = {"step": 0, "transitions": 0} | evaluate(agent, test_env, args)
         score = metrics["eval/episode_return"]
@@ -1143,18 +1190,14 @@ def main() -> None:
     """The run that the command line asks for."""
     outlive_pipes()
     args = parse_args()
-    if WORLD_SIZE > 1:
-        if args.device == "cuda":
-            with blame("each rank needs a GPU of its own (or --device cpu)"):
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        name = [args.run_dir]
-        dist.broadcast_object_list(name)  # the ranks' clocks differ
-        args.run_dir = name[0]
+    join_ranks(args)
     try:
         code = train(args)
     except KeyboardInterrupt:  # before the first step: there is nothing to save
         sys.exit(130)
+    except torch.OutOfMemoryError as e:
+        flags = "--num-envs, --rollout-length or --minibatch-size"
+        fail(f"too little memory, start again with a lower {flags}: {e}")
     if WORLD_SIZE > 1:
         dist.barrier()  # a rank that leaves before the others makes them fail
         dist.destroy_process_group()

@@ -58,6 +58,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import functools
 import hashlib
@@ -360,12 +361,10 @@ def hash_prompts(problems: list[Problem], args: Args) -> int:
     ranks and after a --resume."""
     text = str([p[:2] if args.data else p.prompt for p in problems]).encode()
     known = saved = int(hashlib.sha256(text).hexdigest()[:15], 16)
-    # the maxima of x and of -x add up to 0 only if x is the same on all ranks
-    ends = all_reduce(torch.tensor([known, -known], device=args.device), "MAX")
     if args.resume:
         about = json.loads(Path(args.resume, "args.json").read_text())
         saved = about.get("prompts_hash", known)
-    if ends.sum() or saved != known:
+    if not agree(known, args) or saved != known:
         fail("problems differ between ranks or from the run's start: use the same ones")
     return known
 
@@ -509,7 +508,9 @@ def load_model(name: str, args: Args) -> tuple:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):  # an adapter's
                 module.p = 0.0
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        has_words = any(Path(name).glob("tokenizer*")) or not adapter.exists()
+        files = name if has_words else base
+        tokenizer = transformers.AutoTokenizer.from_pretrained(files)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # made without files
             raise ValueError("its tokenizer has no words: are its files there?")
         if tokenizer.eos_token_id is None:
@@ -606,6 +607,20 @@ def all_reduce(x: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
     if WORLD_SIZE > 1:
         dist.all_reduce(x, getattr(dist.ReduceOp, operation))
     return x
+
+
+def agree(x: int, args: Args) -> bool:
+    """Is x, below 2^63, the same on all of torchrun's ranks?"""
+    ends = all_reduce(torch.tensor([x, -x], device=args.device), "MAX")
+    return not ends.sum()  # max(x) = min(x)
+
+
+def check_start(model, step: int, args: Args) -> None:
+    """End the run if its ranks do not start with the same weights after the same step:
+    nodes may have folders of their own."""
+    first = [x.flatten()[:4096].float() for x in model.state_dict().values()]
+    if not agree(step + int(torch.cat(first).view(torch.int32).sum()), args):
+        fail("the ranks start with other weights: let all read the same folder")
 
 
 # ------------------------------------ Rollout -----------------------------------------
@@ -1095,7 +1110,10 @@ def find_traces(
     traces = {}  # place among the candidates: (ids, log-prob)
     if args.traces:
         longest = context_length(model) - args.max_new_tokens
-        traces = read_traces(tokenizer, candidates, reward, longest, args)
+        known = [read_traces(tokenizer, candidates, reward, longest, args)]
+        if WORLD_SIZE > 1:  # a reward with a time limit may not be the same twice
+            dist.broadcast_object_list(known)
+        traces = known[0]
     sampler = load_sampler(model, tokenizer, problems, args)
     need = max(len(x.prompt) for x in candidates) + args.max_new_tokens
     if sampler and (longest := context_length(sampler)) < need:
@@ -1427,10 +1445,13 @@ def kl_loss(logprobs, old_logprobs, ref_logprobs, mask, denominator) -> torch.Te
     return (rho * k2 * mask).sum() / max(denominator, 1)
 
 
-def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, float]:
+def update(
+    model, reference, optimizer, rollout, advantages, args, guard=contextlib.nullcontext
+) -> dict[str, float]:
     """args.updates_per_batch optimiser steps on one batch; statistics of the last one.
     Rows with zero advantage are skipped (unless the KL needs them) but counted in Z.
-    The entropy is over the rows that are not skipped, 0 if there are none."""
+    The entropy is over the rows that are not skipped, 0 if there are none. guard:
+    nothing_lost, for the step before, until the weights change."""
     without_noise(model)
     mask, width = rollout.completion_mask, rollout.completion_mask.shape[1]
     if args.mask_truncated:
@@ -1446,25 +1467,27 @@ def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, 
     ref = torch.zeros_like(old)  # log pi_ref: likewise, if there is a KL term
     for i in range(args.updates_per_batch):
         totals = torch.zeros(5, device=mask.device)
-        for rows in live.split(args.micro_batch_size) if len(live) else ():
-            batch = rollout.tokens[rows], rollout.attention_mask[rows]
-            batch = *batch, width, args.temperature
-            with autocast(args):
-                logprobs, entropy = token_logprobs(model, *batch)
-                if i == 0:
-                    old[rows] = logprobs.detach()  # so that rho is exactly 1
-                if i == 0 and reference:
-                    with torch.no_grad(), without_lora(reference, args):
-                        ref[rows], _ = token_logprobs(reference, *batch)
-            w, A, kl = weights[rows], advantages[rows], torch.zeros_like(z)
-            loss, stats = policy_loss(logprobs, old[rows], A, w, *clips, z)
-            if reference:
-                kl = kl_loss(logprobs, old[rows], ref[rows], w, z)
-            (loss + args.kl_coef * kl).backward()
-            entropy = (entropy * (w > 0)).sum()
-            sums = loss, kl, stats["tokens"], stats["clipped"], entropy
-            totals += torch.stack([x.detach() for x in sums])
-        norm, change = optimizer_step(model, optimizer, args.max_grad_norm)
+        with guard():
+            for rows in live.split(args.micro_batch_size) if len(live) else ():
+                batch = rollout.tokens[rows], rollout.attention_mask[rows]
+                batch = *batch, width, args.temperature
+                with autocast(args):
+                    logprobs, entropy = token_logprobs(model, *batch)
+                    if i == 0:
+                        old[rows] = logprobs.detach()  # so that rho is exactly 1
+                    if i == 0 and reference:
+                        with torch.no_grad(), without_lora(reference, args):
+                            ref[rows], _ = token_logprobs(reference, *batch)
+                w, A, kl = weights[rows], advantages[rows], torch.zeros_like(z)
+                loss, stats = policy_loss(logprobs, old[rows], A, w, *clips, z)
+                if reference:
+                    kl = kl_loss(logprobs, old[rows], ref[rows], w, z)
+                (loss + args.kl_coef * kl).backward()
+                entropy = (entropy * (w > 0)).sum()
+                sums = loss, kl, stats["tokens"], stats["clipped"], entropy
+                totals += torch.stack([x.detach() for x in sums])
+        norm, change = optimizer_step(model, optimizer, args.max_grad_norm, guard)
+        guard = contextlib.nullcontext
     loss, kl, tokens, clipped, entropy = all_reduce(totals).tolist()
     tokens = max(tokens, 1.0)
     gap = ((old - rollout.logprobs) * mask).abs()  # scored against sampled log-probs
@@ -1474,18 +1497,23 @@ def update(model, reference, optimizer, rollout, advantages, args) -> dict[str, 
     return stats | {"entropy": entropy / tokens, "clip_fraction": clipped / tokens}
 
 
-def optimizer_step(model, optimizer, max_grad_norm: float) -> tuple[float, float]:
+def optimizer_step(
+    model, optimizer, max_grad_norm: float, guard=contextlib.nullcontext
+) -> tuple[float, float]:
     """One optimiser step on the sum of the ranks' gradients. Returns its norm before
-    clipping, and |change| / |weights| over the first 4,096 entries of each tensor."""
+    clipping, and |change| / |weights| over the first 4,096 entries of each tensor.
+    guard: as in `update`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-    if not math.isfinite(norm):
-        fail(
-            f"the gradient norm is {norm}: no step was made. Start a new run (--model: "
-            "this run's checkpoint/) with a lower --learning-rate or --dtype float32"
-        )
+    with guard():
+        if not math.isfinite(norm):
+            fail(
+                f"the gradient norm is {norm}: no step was made. Start a new run (with "
+                "this one's checkpoint/ as --model) with a lower --learning-rate or "
+                "--dtype float32"
+            )
     before = torch.cat([p.detach().flatten()[:4096] for p in parameters])
     optimizer.step()
     optimizer.zero_grad()
@@ -1613,7 +1641,9 @@ def write_logs(args: Args, metrics: dict, sample: dict) -> None:
             if wandb.run is None:
                 mode = "online" if wandb.api.api_key else "offline"
                 mode = os.environ.get("WANDB_MODE", mode)
-                wandb.init(project=args.wandb_project, dir=args.run_dir, mode=mode)
+                how = dict(project=args.wandb_project, config=vars(args), mode=mode)
+                name = Path(args.run_dir).name
+                wandb.init(dir=args.run_dir, name=name, **how)
             wandb.log(metrics, step=metrics["step"])
     except Exception as e:
         args.track = False
@@ -1645,9 +1675,9 @@ def save_checkpoint(run_dir: Path, step: int, model, tokenizer, optimizer) -> No
 
 @contextlib.contextmanager
 def nothing_lost(args: Args, step: int, parts: tuple, *logs: dict) -> Iterator[None]:
-    """Around sampling and rewards, which may end the run at any time: `step`, the last
-    whole one, is saved, whichever rank fails. parts: model, tokenizer, optimizer; logs:
-    the step's metrics and sample, if they are not written yet."""
+    """Around what may end the run at any time (sampling, rewards, backward passes):
+    `step`, the last whole one, is saved, whichever rank fails. parts: model, tokenizer,
+    optimizer; logs: the step's metrics and sample, if they are not written yet."""
     error, failed = None, torch.zeros((), device=args.device)
     try:
         yield
@@ -1736,6 +1766,8 @@ def check(args: Args) -> None:
         (both, "--off-policy is plain RL: it needs --prefixes-per-problem 0"),
         (idle, "--trace-model has no effect: plain RL needs no traces"),
         (args.prompts_per_step % WORLD_SIZE, "ranks must divide --prompts-per-step"),
+        (args.eval_prompts < WORLD_SIZE, "there are more ranks than --eval-prompts"),
+        (args.device == "mps" and WORLD_SIZE > 1, "torchrun cannot use --device mps"),
     ):
         if wrong:
             fail(message)
@@ -1858,13 +1890,42 @@ def report(run_dir: Path, args: Args) -> None:
     print(f"{logs[-1]['flops']:.3g} FLOPs, run folder: {run_dir}")
 
 
-def catch_stops() -> list[int]:
+def catch_stops() -> list[float]:
     """Let Ctrl-C and SIGTERM fill this list, so that the run can finish its step and
-    save; the second one ends it at once."""
+    save. One that comes 3 s after the first or later ends it at once; sooner ones may
+    be the same stop, passed on by a scheduler and by torchrun."""
     stops = []
+
+    def stop(*_):
+        stops.append(time.monotonic())
+        if stops[-1] - stops[0] > 3:
+            sys.exit(130)
+        if len(stops) == 1 and RANK == 0:
+            with contextlib.suppress(OSError):  # print is not safe in here
+                os.write(2, b"\nstopping after this step; after 3 s, again: at once\n")
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
+        signal.signal(number, stop)
     return stops
+
+
+def join_ranks(args: Args) -> None:
+    """Under torchrun: meet the other ranks, which must have the same flags."""
+    if WORLD_SIZE == 1:
+        return
+    if args.device == "cuda":
+        with blame("each rank needs a GPU of its own (or --device cpu)"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if args.device == "cuda" else "gloo"
+    patience = datetime.timedelta(hours=2)  # the first rank may have to train a model
+    dist.init_process_group(backend, timeout=patience)
+    flags = [dict(vars(args))]
+    dist.broadcast_object_list(flags)
+    args.run_dir = flags[0].pop("run_dir")  # the ranks' clocks differ
+    for name, value in flags[0].items():
+        if getattr(args, name) != value:
+            mine = f"{getattr(args, name)!r} on rank {RANK}"
+            fail(f"--{name.replace('_', '-')} is {value!r} on rank 0 and {mine}")
 
 
 def train(args: Args) -> int:
@@ -1883,6 +1944,7 @@ def train(args: Args) -> int:
     if RANK == 0:
         tqdm.write(f"first prompt: {tokenizer.decode(candidates[0].prompt)!r}")
     optimizer, step = make_optimizer(model, args)
+    check_start(model, step, args)
     parts = model, tokenizer, optimizer
     task = problems, candidates, tests, reward, step, args
     found, hard, prefixed, metrics = prepare(parts, *task)  # phases 1 and 2
@@ -1902,7 +1964,8 @@ def train(args: Args) -> int:
         batch = draw_batch(prefixed, hard, step, args)
         noise = uniforms(args, step, n, group_size)
         repeated = [x.problem for x in batch for _ in range(group_size)]
-        with nothing_lost(args, step - 1, parts):
+        guard = functools.partial(nothing_lost, args, step - 1, parts)
+        with guard():
             rollout, weights, read = sample_batch(model, tokenizer, batch, noise, args)
             clock.append(time.perf_counter())
             rollout.rewards = score(reward, repeated, rollout.texts).to(args.device)
@@ -1911,7 +1974,7 @@ def train(args: Args) -> int:
         clock.append(time.perf_counter())
         warm = min(1.0, step / max(args.warmup_steps, 1))
         optimizer.param_groups[0]["lr"] = args.learning_rate * warm
-        stats = update(model, reference, optimizer, rollout, advantages, args)
+        stats = update(model, reference, optimizer, rollout, advantages, args, guard)
         clock.append(time.perf_counter())
         total += step_flops(model, reference, rollout, advantages, read, args)
         metrics = {"step": step} | describe(rollout, clock, args) | stats
@@ -1952,19 +2015,15 @@ def main() -> None:
     """The run that the command line asks for."""
     outlive_pipes()
     args = parse_args()
-    if WORLD_SIZE > 1:
-        if args.device == "cuda":
-            with blame("each rank needs a GPU of its own (or --device cpu)"):
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        name = [args.run_dir]
-        dist.broadcast_object_list(name)  # the ranks' clocks differ
-        args.run_dir = name[0]
+    join_ranks(args)
     try:
         code = train(args)
     except KeyboardInterrupt:  # before the first step: there is nothing to save
         tqdm.write("stopped before the first step; what was tried is cached")
         sys.exit(130)
+    except torch.OutOfMemoryError as e:
+        flags = "--micro-batch-size or --rollout-batch-size"  # --resume takes new ones
+        fail(f"too little memory, --resume the run with a lower {flags}: {e}")
     if WORLD_SIZE > 1:
         dist.barrier()  # a rank that leaves before the others makes them fail
         dist.destroy_process_group()

@@ -53,6 +53,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import functools
 import hashlib
@@ -363,12 +364,10 @@ def hash_prompts(problems: list[Problem], args: Args) -> int:
     ranks and after a --resume."""
     text = str([p[:2] if args.data else p.prompt for p in problems]).encode()
     known = saved = int(hashlib.sha256(text).hexdigest()[:15], 16)
-    # the maxima of x and of -x add up to 0 only if x is the same on all ranks
-    ends = all_reduce(torch.tensor([known, -known], device=args.device), "MAX")
     if args.resume:
         about = json.loads(Path(args.resume, "args.json").read_text())
         saved = about.get("prompts_hash", known)
-    if ends.sum() or saved != known:
+    if not agree(known, args) or saved != known:
         fail("problems differ between ranks or from the run's start: use the same ones")
     return known
 
@@ -495,7 +494,9 @@ def load_model(name: str, args: Args) -> tuple:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):  # an adapter's
                 module.p = 0.0
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        has_words = any(Path(name).glob("tokenizer*")) or not adapter.exists()
+        files = name if has_words else base
+        tokenizer = transformers.AutoTokenizer.from_pretrained(files)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # made without files
             raise ValueError("its tokenizer has no words: are its files there?")
         if tokenizer.eos_token_id is None:
@@ -649,6 +650,20 @@ def all_reduce(x: torch.Tensor, operation: str = "SUM") -> torch.Tensor:
     if WORLD_SIZE > 1:
         dist.all_reduce(x, getattr(dist.ReduceOp, operation))
     return x
+
+
+def agree(x: int, args: Args) -> bool:
+    """Is x, below 2^63, the same on all of torchrun's ranks?"""
+    ends = all_reduce(torch.tensor([x, -x], device=args.device), "MAX")
+    return not ends.sum()  # max(x) = min(x)
+
+
+def check_start(model, step: int, args: Args) -> None:
+    """End the run if its ranks do not start with the same weights after the same step:
+    nodes may have folders of their own."""
+    first = [x.flatten()[:4096].float() for x in model.state_dict().values()]
+    if not agree(step + int(torch.cat(first).view(torch.int32).sum()), args):
+        fail("the ranks start with other weights: let all read the same folder")
 
 
 # ------------------------------------ Rollout -----------------------------------------
@@ -1125,16 +1140,20 @@ def distill(model, teacher, rollout, mask, z, args, most=3 * 2**27) -> tuple:
     return totals, worst
 
 
-def update(model, teacher, optimizer, rollout, args) -> dict[str, float]:
+def update(
+    model, teacher, optimizer, rollout, args, guard=contextlib.nullcontext
+) -> dict[str, float]:
     """One optimiser step on one batch; returns its statistics. There is no second step:
-    the data would be off-policy, and then no baseline is free of bias."""
+    the data would be off-policy, and then no baseline is free of bias. guard:
+    nothing_lost, for the step before, until the weights change."""
     without_noise(model)
     mask = rollout.completion_mask
     if args.mask_truncated:
         mask = mask * ~rollout.truncated[:, None]
     z = all_reduce(mask.sum())
-    sums, worst = distill(model, teacher, rollout, mask, z, args)
-    norm, change = optimizer_step(model, optimizer, args.max_grad_norm)
+    with guard():
+        sums, worst = distill(model, teacher, rollout, mask, z, args)
+    norm, change = optimizer_step(model, optimizer, args.max_grad_norm, guard)
     loss, kl, tokens, gap = all_reduce(sums).tolist()
     tokens, worst = max(tokens, 1.0), all_reduce(worst, "MAX").item()
     stats = {"loss": loss, "reverse_kl": kl / tokens, "grad_norm": norm}
@@ -1142,18 +1161,23 @@ def update(model, teacher, optimizer, rollout, args) -> dict[str, float]:
     return stats | {"delta_logp_max": worst}
 
 
-def optimizer_step(model, optimizer, max_grad_norm: float) -> tuple[float, float]:
+def optimizer_step(
+    model, optimizer, max_grad_norm: float, guard=contextlib.nullcontext
+) -> tuple[float, float]:
     """One optimiser step on the sum of the ranks' gradients. Returns its norm before
-    clipping, and |change| / |weights| over the first 4,096 entries of each tensor."""
+    clipping, and |change| / |weights| over the first 4,096 entries of each tensor.
+    guard: as in `update`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-    if not math.isfinite(norm):
-        fail(
-            f"the gradient norm is {norm}: no step was made. Start a new run (--model: "
-            "this run's checkpoint/) with a lower --learning-rate or --dtype float32"
-        )
+    with guard():
+        if not math.isfinite(norm):
+            fail(
+                f"the gradient norm is {norm}: no step was made. Start a new run (with "
+                "this one's checkpoint/ as --model) with a lower --learning-rate or "
+                "--dtype float32"
+            )
     before = torch.cat([p.detach().flatten()[:4096] for p in parameters])
     optimizer.step()
     optimizer.zero_grad()
@@ -1251,7 +1275,9 @@ def write_logs(args: Args, metrics: dict, sample: dict) -> None:
             if wandb.run is None:
                 mode = "online" if wandb.api.api_key else "offline"
                 mode = os.environ.get("WANDB_MODE", mode)
-                wandb.init(project=args.wandb_project, dir=args.run_dir, mode=mode)
+                how = dict(project=args.wandb_project, config=vars(args), mode=mode)
+                name = Path(args.run_dir).name
+                wandb.init(dir=args.run_dir, name=name, **how)
             wandb.log(metrics, step=metrics["step"])
     except Exception as e:
         args.track = False
@@ -1283,9 +1309,9 @@ def save_checkpoint(run_dir: Path, step: int, model, tokenizer, optimizer) -> No
 
 @contextlib.contextmanager
 def nothing_lost(args: Args, step: int, parts: tuple, *logs: dict) -> Iterator[None]:
-    """Around sampling and rewards, which may end the run at any time: `step`, the last
-    whole one, is saved, whichever rank fails. parts: model, tokenizer, optimizer; logs:
-    the step's metrics and sample, if they are not written yet."""
+    """Around what may end the run at any time (sampling, rewards, backward passes):
+    `step`, the last whole one, is saved, whichever rank fails. parts: model, tokenizer,
+    optimizer; logs: the step's metrics and sample, if they are not written yet."""
     error, failed = None, torch.zeros((), device=args.device)
     try:
         yield
@@ -1361,6 +1387,8 @@ def check(args: Args) -> None:
         (args.data and args.task != Args.task, "--data or --task: a task.py has both"),
         (args.seed >= 2**63, "--seed must be below 2^63"),
         (args.prompts_per_step % WORLD_SIZE, "ranks must divide --prompts-per-step"),
+        (args.eval_prompts < WORLD_SIZE, "there are more ranks than --eval-prompts"),
+        (args.device == "mps" and WORLD_SIZE > 1, "torchrun cannot use --device mps"),
     ):
         if wrong:
             fail(message)
@@ -1422,12 +1450,22 @@ def describe(rollout: Rollout, clock: list[float], args: Args) -> dict[str, floa
     return metrics | {"peak_memory_gb": peak / 2**30}
 
 
-def catch_stops() -> list[int]:
+def catch_stops() -> list[float]:
     """Let Ctrl-C and SIGTERM fill this list, so that the run can finish its step and
-    save; the second one ends it at once."""
+    save. One that comes 3 s after the first or later ends it at once; sooner ones may
+    be the same stop, passed on by a scheduler and by torchrun."""
     stops = []
+
+    def stop(*_):
+        stops.append(time.monotonic())
+        if stops[-1] - stops[0] > 3:
+            sys.exit(130)
+        if len(stops) == 1 and RANK == 0:
+            with contextlib.suppress(OSError):  # print is not safe in here
+                os.write(2, b"\nstopping after this step; after 3 s, again: at once\n")
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(130) if stops else stops.append(1))
+        signal.signal(number, stop)
     return stops
 
 
@@ -1438,6 +1476,25 @@ def batch_indices(count: int, step: int, args: Args) -> np.ndarray:
     epoch, place = divmod(step - 1, count // n)
     order = np.random.default_rng([args.seed, 1, epoch]).permutation(count)
     return order[place * n : (place + 1) * n][RANK::WORLD_SIZE]
+
+
+def join_ranks(args: Args) -> None:
+    """Under torchrun: meet the other ranks, which must have the same flags."""
+    if WORLD_SIZE == 1:
+        return
+    if args.device == "cuda":
+        with blame("each rank needs a GPU of its own (or --device cpu)"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if args.device == "cuda" else "gloo"
+    patience = datetime.timedelta(hours=2)  # the first rank may have to train a model
+    dist.init_process_group(backend, timeout=patience)
+    flags = [dict(vars(args))]
+    dist.broadcast_object_list(flags)
+    args.run_dir = flags[0].pop("run_dir")  # the ranks' clocks differ
+    for name, value in flags[0].items():
+        if getattr(args, name) != value:
+            mine = f"{getattr(args, name)!r} on rank {RANK}"
+            fail(f"--{name.replace('_', '-')} is {value!r} on rank 0 and {mine}")
 
 
 def print_table(run_dir: Path) -> None:
@@ -1467,6 +1524,7 @@ def train(args: Args) -> int:
     if RANK == 0:
         tqdm.write(f"first prompt: {tokenizer.decode(prompts[first])!r}")
     optimizer, step = make_optimizer(model, args)
+    check_start(model, step, args)
     parts = model, tokenizer, optimizer
     run_dir, stops, kl = Path(args.run_dir), catch_stops(), math.nan
     task = teacher, tokenizer, tests, held_out, reward, args
@@ -1490,7 +1548,8 @@ def train(args: Args) -> int:
         batch_prompts = [prompts[i] for i in batch]
         noise = uniforms(args, step, n, group_size)
         repeated = [problems[i] for i in batch for _ in range(group_size)]
-        with nothing_lost(args, step - 1, parts):
+        guard = functools.partial(nothing_lost, args, step - 1, parts)
+        with guard():
             rollout = generate(model, tokenizer, batch_prompts, noise, args)
             clock.append(time.perf_counter())
             if reward:  # for the logs only
@@ -1499,7 +1558,7 @@ def train(args: Args) -> int:
         warm = min(1.0, step / max(args.warmup_steps, 1))
         rate = args.learning_rate * warm / (1 + step / args.decay_steps)
         optimizer.param_groups[0]["lr"] = rate
-        stats = update(model, teacher, optimizer, rollout, args)
+        stats = update(model, teacher, optimizer, rollout, args, guard)
         clock.append(time.perf_counter())
         metrics = {"step": step} | describe(rollout, clock, args) | stats
         sample = {"prompt": tokenizer.decode(prompts[batch[0]])}  # the first group
@@ -1535,18 +1594,14 @@ def main() -> None:
     """The run that the command line asks for."""
     outlive_pipes()
     args = parse_args()
-    if WORLD_SIZE > 1:
-        if args.device == "cuda":
-            with blame("each rank needs a GPU of its own (or --device cpu)"):
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        name = [args.run_dir]
-        dist.broadcast_object_list(name)  # the ranks' clocks differ
-        args.run_dir = name[0]
+    join_ranks(args)
     try:
         code = train(args)
     except KeyboardInterrupt:  # before the first step: there is nothing to save
         sys.exit(130)
+    except torch.OutOfMemoryError as e:
+        flags = "--micro-batch-size or --rollout-batch-size"  # --resume takes new ones
+        fail(f"too little memory, --resume the run with a lower {flags}: {e}")
     if WORLD_SIZE > 1:
         dist.barrier()  # a rank that leaves before the others makes them fail
         dist.destroy_process_group()

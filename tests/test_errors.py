@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import gc
 import json
+import math
 import os
 import re
 import resource
@@ -388,6 +390,7 @@ def test_more_ranks_than_gpus_are_a_traceback(name, monkeypatch, capsys):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "set_device", absent)
     monkeypatch.setattr(script, "parse_args", lambda: args)
+    monkeypatch.setattr(torch.distributed, "init_process_group", None)  # is not reached
     with pytest.raises(SystemExit) as stop:
         script.main()
     error = capsys.readouterr().err
@@ -605,6 +608,121 @@ def test_too_little_memory_for_a_rollout_loses_the_steps_before_it(
     monkeypatch.setattr(script, "generate", generate)
     smaller = "--rollout-batch-size", "4", "--micro-batch-size", "8"
     assert train(name, PLUGIN, "--resume", "run", *smaller)[0] == 0
+
+
+@pytest.mark.parametrize("how", ["memory", "not finite"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_failed_update_loses_the_steps_before_it(
+    name, how, train, tmp_path, monkeypatch
+):
+    """Most want of memory is in the backward pass of a batch of long completions, most
+    NaN in its gradient. Before the first optimiser step the weights are those of the
+    step before: it is saved, and the run can go on from there."""
+    script = load_script(name)
+    scored = "last_hidden" if name == "vopd" else "token_logprobs"
+    real, begin, due = getattr(script, scored), script.without_noise, []
+
+    def update_begins(model):
+        log = tmp_path / "run/metrics.jsonl"
+        due[:] = [1] if log.exists() and log.read_text().count("\n") == 3 else []
+        begin(model)
+
+    def fails(*args):
+        first, *rest = real(*args)
+        if due and how == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return (first * math.nan if due else first), *rest
+
+    steps = "--steps", "4", "--save-every", "100", "--eval-every", "100"
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setattr(script, "without_noise", update_begins)
+        patch.setattr(script, scored, fails)
+        if how == "memory":
+            stack.enter_context(pytest.raises(torch.OutOfMemoryError))
+        code, errors = train(name, PLUGIN, *train.new(name), *steps)
+        assert code == 2 and "error: the gradient norm is nan: no step was" in errors
+    state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
+    assert state["step"] == 2
+    del stack
+    gc.collect()  # the lock of the failed run
+    assert train(name, PLUGIN, "--resume", "run")[0] == 0
+    assert [x["step"] for x in metrics_of(tmp_path / "run")] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["grpo", "dmpo", "prefixrl"])
+def test_half_updated_weights_are_saved_as_the_step_before(name, train, tmp_path):
+    """An error in the second update on a batch: the weights are of no step any more,
+    and saved as those of the step before they would be trained on twice."""
+    script, steps = load_script(name), ["--steps", "4", "--updates-per-batch", "2"]
+    step, loss, made = script.optimizer_step, script.policy_loss, []
+
+    def fails(*args):
+        if len(made) == 5:  # between the two of step 3
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(script, "optimizer_step", lambda *x: made.append(1) or step(*x))
+        patch.setattr(script, "policy_loss", fails)
+        train(name, PLUGIN, *train.new(name), *steps, "--save-every", "100")
+    state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
+    assert state["step"] == 0  # the last save
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "ppo_envs"])
+def test_too_little_memory_is_a_traceback(name, monkeypatch, capsys):
+    """What most users of a GPU meet first ends in one line that names the flags."""
+    script = load_script(name)
+
+    def full(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate 2 GiB")
+
+    monkeypatch.setattr(script, "train", full)
+    monkeypatch.setattr(script, "parse_args", lambda: script.Args(device="cpu"))
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    for flag in re.findall("--[a-z-]+", error):
+        assert flag[2:].replace("-", "_") in vars(script.Args())
+    size = "--minibatch-size" if name == "ppo_envs" else "--micro-batch-size"
+    assert size in error and "CUDA out of memory. Tried to allocate" in error
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "ppo_envs"])
+def test_ranks_give_up_while_one_is_at_work(name, monkeypatch):
+    """The first rank makes the built-in model, or its reward takes an hour: the others
+    wait for longer than the ten minutes after which NCCL ends a job."""
+    script, seen = load_script(name), {}
+    start = lambda backend, timeout: seen.update({backend: timeout})
+    monkeypatch.setattr(torch.distributed, "init_process_group", start)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    monkeypatch.setattr(script, "WORLD_SIZE", 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for device in "cpu", "cuda":
+        script.join_ranks(script.Args(device=device))
+    assert [*seen] == ["gloo", "nccl"]
+    assert all(timeout.total_seconds() >= 3600 for timeout in seen.values())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "flags, word",
+    [(dict(eval_prompts=1), "--eval-prompts"), (dict(device="mps"), "mps")],
+)
+def test_ranks_without_work_or_backend_fail_later(
+    name, flags, word, monkeypatch, capsys
+):
+    """A rank without a problem to evaluate, or ranks on a device that they cannot
+    exchange from, are refused by the flag that is wrong."""
+    script = load_script(name)
+    monkeypatch.setattr(script, "WORLD_SIZE", 2)
+    own = dict(teacher="folder") if name == "vopd" else {}
+    script.check(script.Args(device="cpu", **own))
+    with pytest.raises(SystemExit, match="2"):
+        script.check(script.Args(**dict(device="cpu") | own | flags))
+    assert word in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

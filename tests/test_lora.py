@@ -236,6 +236,19 @@ def test_ranks_start_from_different_adapters(name, folder):
     assert not any(torch.equal(drawn[0][k], drawn[2][k]) for k in first)
 
 
+@pytest.mark.parametrize("name", OWN)
+def test_adapter_without_a_tokenizer_cannot_be_loaded(name, cli):
+    """Many adapters are published without tokenizer files: theirs are the base's."""
+    assert cli(name, steps=1).code == 0
+    script, args = load_script(name), cpu_args(load_script(name), lora_rank=2)
+    model, own = script.load_model("run/checkpoint", args)
+    for path in Path("run/checkpoint").glob("tokenizer*"):
+        path.unlink()
+    again, words = script.load_model("run/checkpoint", args)
+    assert words.get_vocab() == own.get_vocab()
+    assert torch.equal(scored(script, again, args), scored(script, model, args))
+
+
 def test_padded_vocabulary_is_saved_and_cannot_be_loaded(cli):
     """Most models have more rows than tokens, and vopd.py cuts them off. A checkpoint
     that has the shorter embedding in it fits no base, and the run cannot go on."""

@@ -95,16 +95,27 @@ def halves(cli, tmp_path):
     return tmp_path / "half", tmp_path / "whole"
 
 
-def test_second_ctrl_c_does_not_end_the_run(grpo):
-    """The first signal asks for a stop, the second one ends the process at once."""
-    numbers = signal.SIGINT, signal.SIGTERM
+def test_second_ctrl_c_does_not_end_the_run(grpo, monkeypatch, capfd):
+    """The first signal asks for a stop, and says so; one that comes 3 s later ends the
+    process at once. SLURM and torchrun may each pass on the same stop: two in a moment,
+    of either kind, are one, or the step is lost for which the run was to be asked."""
+    numbers, clock = (signal.SIGINT, signal.SIGTERM), [50.0]
     handlers = [(number, signal.getsignal(number)) for number in numbers]
+    monkeypatch.setattr(grpo.time, "monotonic", lambda: clock[0])
     try:
         stops = grpo.catch_stops()
-        signal.raise_signal(signal.SIGINT)
-        assert stops == [1]
+        assert not stops
+        for clock[0], number in (
+            (50.0, numbers[1]),
+            (50.1, numbers[1]),
+            (52, numbers[0]),
+        ):
+            signal.raise_signal(number)
+        assert len(stops) == 3
+        assert capfd.readouterr().err.count("stopping after this step") == 1
+        clock[0] = 53.1
         with pytest.raises(SystemExit, match="130"):
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
     finally:
         for handler in handlers:
             signal.signal(*handler)

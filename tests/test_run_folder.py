@@ -187,6 +187,17 @@ def test_wandb_offline_writes_nothing(alone):
     assert "wandb is off" not in process.stdout + process.stderr
 
 
+def test_wandb_does_not_say_which_run_it_is(cli, grpo, tmp_path, monkeypatch):
+    """Runs that differ by a flag are compared there by flag and by name."""
+    seen = {}
+    monkeypatch.setattr(wandb, "init", lambda **how: seen.update(how))
+    monkeypatch.setattr(wandb, "log", lambda *_, **__: None)
+    assert cli("--track", "--seed", 7, "--steps", 1, "--wandb-project", "p").code == 0
+    saved = json.loads((tmp_path / "run/args.json").read_text())["args"]
+    assert seen["config"] == saved and saved["seed"] == 7
+    assert (seen["name"], seen["dir"], seen["project"]) == ("run", "run", "p")
+
+
 @pytest.mark.parametrize("where", ["init", "log"])
 def test_wandb_failure_ends_the_training(cli, tmp_path, monkeypatch, where):
     """A service that is down, or a key that expired, is no reason to stop: one line

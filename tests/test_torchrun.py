@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import char_tokenizer, save_model, script_path, small_qwen3
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 TASK = """
 import os, signal, torch
@@ -265,6 +265,116 @@ def test_ranks_that_start_in_two_seconds_have_two_folders(name, run, tmp_path):
     assert said == [f"runs/{name}/second 0-s1"] * 2
 
 
+PATCHED = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from conftest import load_script
+rank, script = os.environ["RANK"], load_script({name!r})
+{lines}
+script.main()
+"""
+
+
+def patched(home: Path, name: str, lines: str) -> Path:
+    """A program, named without .py, that runs some lines before the script's main."""
+    text = PATCHED.format(tests=str(Path(__file__).parent), name=name, lines=lines)
+    (home / "patched.py").write_text(text)
+    return home / "patched"
+
+
+SMALL_PPO = dict(device="cpu", run_dir="run", num_envs=8, rollout_length=8)
+SMALL_PPO |= dict(minibatch_size=32, eval_episodes=4, compile="off")
+ALL = {name: COMMON | OWN[name] for name in OWN} | {"ppo_envs": SMALL_PPO}
+
+
+@pytest.mark.parametrize("name", [*ALL])
+def test_nodes_have_other_flags(name, run, home):
+    """A command line is edited on one node and not on the other: each trains with its
+    own rate on the other's gradients, the log is the first one's. The second says
+    which flag it is."""
+    lines = 'sys.argv += ["--learning-rate", f"0.0{int(rank) + 1}"]'
+    flags = {k: v for k, v in ALL[name].items() if k != "learning_rate"}
+    wanted = "error: --learning-rate is 0.01 on rank 0 and 0.02 on rank 1"
+    with pytest.raises(AssertionError, match=wanted):
+        run(patched(home, name, lines), 2, home, **flags)
+    assert not (home / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name, what", [*((x, "model") for x in OWN), *((x, "run") for x in ALL)]
+)
+def test_nodes_have_folders_of_their_own(name, what, run, home):
+    """On disks that nodes do not share, a model is another version of it, or a run's
+    checkpoint an older one: the ranks add up gradients and never compare weights, and
+    wait for ever if one has more steps to make. They say so before the first step."""
+    flags, lines = ALL[name], 'os.chdir("node" + rank)'
+    for i in range(2):
+        shutil.copytree(home, home / f"node{i}", ignore=lambda *_: ["node0"])
+        if what == "run":
+            run(name, 2, home / f"node{i}", **flags | dict(steps=2 - i))
+    if what == "run":
+        flags = dict(resume="run", steps=3)
+    else:
+        file = home / "node1/model/model.safetensors"
+        weights = load_file(file)
+        weights["model.norm.weight"][0] += 1e-6
+        save_file(weights, file, {"format": "pt"})
+    with pytest.raises(AssertionError, match="error: the ranks start with other wei"):
+        run(patched(home, name, lines), 2, home, **flags)
+    assert what == "run" or not [*home.glob("node*/run")]
+
+
+@pytest.mark.parametrize("name", [*OWN])
+def test_one_rank_fails_in_its_update(name, run, home):
+    """One rank has the long completions, and too little memory for them: the others
+    would add its word of that up with their gradients. They hear of it before they
+    exchange those, and the step before is saved."""
+    lines = """
+from pathlib import Path
+loss = "distill_loss" if script.__file__.endswith("vopd.py") else "policy_loss"
+real = getattr(script, loss)
+
+def fails(*args):
+    log = Path("run/metrics.jsonl")
+    if rank == "1" and log.exists() and log.read_text().count("\\n") == 2:
+        raise script.torch.OutOfMemoryError("CUDA out of memory")
+    return real(*args)
+
+setattr(script, loss, fails)
+"""
+    with pytest.raises(AssertionError, match="error: too little memory, --resume") as e:
+        run(patched(home, name, lines), 2, home, **ALL[name])
+    assert "Connection closed" not in str(e.value)
+    assert (home / "out").read_text().count("step 1 is saved") == 1
+    logged = records(home / "run", "metrics.jsonl")
+    assert [r["step"] for r in logged] == [0, 1]
+    shared = run(name, 2, home, resume="run", steps=3)
+    assert [r["step"] for r in records(shared, "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def test_ranks_do_not_agree_on_a_trace(run, home):
+    """A judge behind a time limit may call a trace right on one rank and wrong on the
+    next: with other prefixes on each they train on problems that nobody drew. What the
+    first one found counts."""
+    moody = TASK.replace(
+        "    global calls",
+        '    if completion == "abcd":\n'
+        '        return float(os.environ.get("RANK") != "1")\n    global calls',
+    )
+    (home / "task.py").write_text(moody)
+    prompts = [f"train {'ab' * i}:" for i in range(14)]
+    lines = [json.dumps({"prompt": prompt, "text": "abcd"}) for prompt in prompts]
+    (home / "given.jsonl").write_text("\n".join(lines))
+    flags = ALL["prefixrl"] | dict(traces="given.jsonl")
+    alone = run("prefixrl", 1, home, **flags)
+    alone = alone.rename(home / "alone")
+    found = records(alone, "traces.jsonl")
+    assert found and all(r["text"] == "abcd" for r in found)
+    shared = run("prefixrl", 2, home, **flags)
+    assert records(shared, "traces.jsonl") == found
+    assert distance(shared / "checkpoint", alone / "checkpoint") < 1e-6
+
+
 @pytest.mark.parametrize("how", ["the judge is down", "kill", "evaluation"])
 def test_a_rank_dies_and_the_others_wait(how, home, monkeypatch):
     """One rank gone, by an error in its reward or by the kernel for want of memory, and
@@ -287,13 +397,20 @@ def test_a_rank_dies_and_the_others_wait(how, home, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "script, whom", [("grpo", "torchrun"), ("grpo", "a rank"), ("ppo_envs", "a rank")]
+    "script, whom",
+    [
+        ("grpo", "torchrun"),
+        ("grpo", "a rank"),
+        ("grpo", "all, as SLURM does"),
+        ("ppo_envs", "a rank"),
+    ],
 )
 def test_ctrl_c_stops_ranks_at_different_steps(script, whom, home):
     """torchrun passes a Ctrl-C on, which reaches its ranks at different moments (here
     also one of them alone). One that stopped a step before the others would leave them
     waiting for its gradients, and the job would end in an error with nothing saved. All
-    stop after the same step, which is saved, and one of them says so."""
+    stop after the same step, which is saved, and one of them says so. A scheduler sends
+    SIGTERM to all processes, and torchrun sends its own to the ranks: two each."""
     flags = dict(device="cpu", run_dir="run", steps=100_000)
     flags = COMMON | flags if script == "grpo" else flags | dict(num_envs=64)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -306,8 +423,12 @@ def test_ctrl_c_stops_ranks_at_different_steps(script, whom, home):
                 assert process.poll() is None and time.monotonic() < end
                 time.sleep(0.1)
             ranks = f"/proc/{process.pid}/task/{process.pid}/children"
-            pids = [process.pid, int(Path(ranks).read_text().split()[-1])]
-            os.kill(pids[whom == "a rank"], signal.SIGINT)
+            pids = [process.pid, *map(int, Path(ranks).read_text().split())]
+            if whom.startswith("all"):
+                for pid in pids:
+                    os.kill(pid, signal.SIGTERM)
+            else:
+                os.kill(pids[-1 if whom == "a rank" else 0], signal.SIGINT)
             process.wait(timeout=60)
         finally:
             process.terminate()
