@@ -1052,8 +1052,9 @@ def search_folder(models: tuple, tokenizer, candidates, reward, args: Args) -> P
         for name, weights in model.state_dict().items():
             raw = weights.flatten().cpu().view(torch.uint8)  # NumPy has no bf16
             digest.update(name.encode() + raw.numpy().tobytes())
-    parts = decode, Columns, attend, one_by_one, pad, completion_mask, stop_ids
-    parts += generate, uniforms, attempts, complete, answer_ids, score
+    parts = decode, Columns, attend, one_by_one, recordable, record, autocast, pad
+    parts += completion_mask, stop_ids, generate, uniforms, attempts, complete
+    parts += answer_ids, score
     defined = [inspect.getsource(part) for part in parts]
     defined.append(Path(args.task).read_text() if plugin else inspect.getsource(reward))
     defined += [stop_ids(model, tokenizer) for model in models]
