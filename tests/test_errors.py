@@ -172,6 +172,20 @@ def test_data_too_short_for_a_batch_loops_for_ever(refused, tmp_path):
     )
 
 
+def test_rank_has_nothing_to_evaluate(grpo, tmp_path, monkeypatch, capsys):
+    """A tenth of ten lines is one problem: a second rank has none to evaluate, and
+    fails long after the start. Eleven lines are enough."""
+    monkeypatch.setattr(grpo, "WORLD_SIZE", 2)
+    args = cpu_args(grpo, data=str(tmp_path / "data.jsonl"), prompts_per_step=2)
+    lines = [json.dumps(LINE | {"prompt": f"{i}+1="}) + "\n" for i in range(11)]
+    Path(args.data).write_text("".join(lines[:10]))
+    with pytest.raises(SystemExit, match="2"):
+        grpo.load_task(args)
+    assert "and 1 to evaluate" in capsys.readouterr().err
+    Path(args.data).write_text("".join(lines))
+    assert len(grpo.load_task(args)[1]) == 2
+
+
 def test_flag_without_effect_is_accepted(refused, tmp_path):
     """--eval-data belongs to --data; alone it would be ignored without a word."""
     (tmp_path / "good.jsonl").write_text(f"{json.dumps(LINE)}\n" * 30)

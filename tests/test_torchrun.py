@@ -352,6 +352,82 @@ setattr(script, loss, fails)
     assert [r["step"] for r in records(shared, "metrics.jsonl")] == [0, 1, 2, 3]
 
 
+def test_rank_leaves_before_the_step_is_saved(run, home):
+    """torchrun kills all ranks when the first one has ended, also the one that is still
+    writing gigabytes: those that have nothing to write wait for it."""
+    lines = """
+import atexit, time
+os.environ["END"] = "1 the judge is down"
+save = script.save_checkpoint
+seen = lambda: script.torch.load("run/checkpoint/state.pt", weights_only=True)["step"]
+if rank == "0":
+    script.save_checkpoint = lambda *x: time.sleep(2) or save(*x)
+else:
+    atexit.register(lambda: print("at the end of rank 1: step", seen()))
+"""
+    with pytest.raises(AssertionError, match="at the end of rank 1: step 1"):
+        run(patched(home, "grpo", lines), 2, home, **COMMON)
+
+
+def test_rank_does_not_wait_for_the_built_in_model(run, home):
+    """The first rank makes it, for minutes, once. One that goes on finds no folder."""
+    small = COMMON | dict(task="countdown", model="tiny", tiny_steps=20, steps=1)
+    shared = run("grpo", 2, home, **small | dict(max_new_tokens=24))
+    assert [r["step"] for r in records(shared, "metrics.jsonl")] == [0, 1]
+
+
+def test_one_rank_has_broken_rewards(run, home):
+    """NaN in the rewards of one rank's environments is NaN in the gradient of all: all
+    of them say where it came from, not only the one that has seen it."""
+    lines = """
+real, steps = script.learn, []
+
+def learn(agent, batch, args):
+    steps.append(1)
+    for name in ("rewards", "advantages") if len(steps) == 2 and rank == "1" else ():
+        batch[name] = batch[name] * float("nan")
+    return real(agent, batch, args)
+
+script.learn = learn
+"""
+    with pytest.raises(AssertionError) as e:
+        run(patched(home, "ppo_envs", lines), 2, home, **SMALL_PPO)
+    blamed = (
+        "gradient of step 2 is not finite, it is not saved: nor are all observations"
+    )
+    assert str(e.value).count(blamed) == 2
+
+
+def test_search_is_stored_on_one_node_only(run, home):
+    """What a search found is read where it is stored, on a node's own disk or on none:
+    ranks that read while others search wait for each other's words for ever."""
+    flags = ALL["prefixrl"] | dict(steps=1)
+    before = run("prefixrl", 2, home, **flags).rename(home / "before")
+    assert [*home.glob("runs/cache/search-*")]
+    for i in range(2):
+        shutil.copytree(home, home / f"node{i}", ignore=lambda *_: ["node0"])
+    shutil.rmtree(home / "node1/runs")
+    lines = 'os.chdir("node" + rank)'
+    run(patched(home, "prefixrl", lines), 2, home, **flags)
+    again = home / "node0/run"
+    assert records(again, "traces.jsonl") == records(before, "traces.jsonl")
+    assert distance(again / "checkpoint", before / "checkpoint") == 0
+
+
+def test_fewer_traces_than_ranks(run, home):
+    """Where prefixes of traces are evaluated, a rank may have none to try: that is left
+    out, instead of an error of an empty batch."""
+    (home / "given.jsonl").write_text('{"prompt": "train :", "text": "abcd"}\n')
+    flags = ALL["prefixrl"] | dict(traces="given.jsonl", hard_k=1, steps=1)
+    for world in 1, 2:
+        run_dir = run("prefixrl", world, home, **flags)
+        traced = [r for r in records(run_dir, "traces.jsonl") if r["text"]]
+        assert len(traced) == 1, "the problem is not hard"
+        last = records(run_dir, "metrics.jsonl")[-1]
+        assert any(key.startswith("eval/from_") for key in last) == (world == 1)
+        run_dir.rename(home / f"run{world}")
+
+
 def test_ranks_do_not_agree_on_a_trace(run, home):
     """A judge behind a time limit may call a trace right on one rank and wrong on the
     next: with other prefixes on each they train on problems that nobody drew. What the
