@@ -606,9 +606,8 @@ def load_model(name: str, args: Args) -> tuple:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):  # an adapter's
                 module.p = 0.0
-        has_words = any(Path(name).glob("tokenizer*")) or not adapter.exists()
-        files = name if has_words else base
-        tokenizer = transformers.AutoTokenizer.from_pretrained(files)
+        own = any(Path(name).glob("tokenizer*"))  # an adapter may have none
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name if own else base)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # made without files
             raise ValueError("its tokenizer has no words: are its files there?")
         if tokenizer.eos_token_id is None:
@@ -713,12 +712,13 @@ def agree(x: int, args: Args) -> bool:
     return not ends.sum()  # max(x) = min(x)
 
 
-def check_start(model, step: int, args: Args) -> None:
+def check_start(models: tuple, step: int, args: Args) -> None:
     """End the run if its ranks do not start with the same weights after the same step:
-    nodes may have folders of their own."""
-    first = [x.flatten()[:4096].float() for x in model.state_dict().values()]
-    if not agree(step + int(torch.cat(first).view(torch.int32).sum()), args):
-        fail("the ranks start with other weights: let all read the same folder")
+    nodes may have folders of their own. models: some may be None."""
+    weights = [x for model in models if model for x in model.state_dict().values()]
+    first = torch.cat([x.flatten()[:4096].float() for x in weights])
+    if not agree(step + int(first.view(torch.int32).sum()), args):
+        fail("weights or steps differ between ranks: let all read the same folders")
 
 
 # ------------------------------------ Rollout -----------------------------------------
@@ -1229,7 +1229,7 @@ def update(
                 entropy = (entropy * (w > 0)).sum()
                 sums = loss, kl, stats["tokens"], stats["clipped"], entropy
                 totals += torch.stack([x.detach() for x in sums])
-        norm, change = optimizer_step(model, optimizer, args.max_grad_norm, guard)
+        norm, change = optimizer_step(model, optimizer, args.max_grad_norm)
         guard = contextlib.nullcontext
     loss, kl, tokens, clipped, entropy = all_reduce(totals).tolist()
     tokens = max(tokens, 1.0)
@@ -1242,23 +1242,18 @@ def update(
     return stats | dict(zip(names, all_reduce(pulls).tolist()))
 
 
-def optimizer_step(
-    model, optimizer, max_grad_norm: float, guard=contextlib.nullcontext
-) -> tuple[float, float]:
+def optimizer_step(model, optimizer, max_grad_norm: float) -> tuple[float, float]:
     """One optimiser step on the sum of the ranks' gradients. Returns its norm before
-    clipping, and |change| / |weights| over the first 4,096 entries of each tensor.
-    guard: as in `update`."""
+    clipping, and |change| / |weights| over the first 4,096 entries of each tensor."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-    with guard():
-        if not math.isfinite(norm):
-            fail(
-                f"the gradient norm is {norm}: no step was made. Start a new run (with "
-                "this one's checkpoint/ as --model) with a lower --learning-rate or "
-                "--dtype float32"
-            )
+    if not math.isfinite(norm):
+        fail(
+            f"the gradient norm is {norm}: no step was made. Start a new run (--model: "
+            "this run's checkpoint/) with a lower --learning-rate or --dtype float32"
+        )
     before = torch.cat([p.detach().flatten()[:4096] for p in parameters])
     optimizer.step()
     optimizer.zero_grad()
@@ -1424,7 +1419,7 @@ def nothing_lost(args: Args, step: int, parts: tuple, *logs: dict) -> Iterator[N
         failed += 1
     try:
         all_reduce(failed)
-    except BaseException as e:  # a rank was killed
+    except Exception as e:  # a rank was killed
         error = error or e
     if error or failed > 0:
         try:
@@ -1498,7 +1493,6 @@ def check(args: Args) -> None:
         (args.seed >= 2**63, "--seed must be below 2^63"),
         (args.prompts_per_step % WORLD_SIZE, "ranks must divide --prompts-per-step"),
         (args.eval_prompts < WORLD_SIZE, "there are more ranks than --eval-prompts"),
-        (args.device == "mps" and WORLD_SIZE > 1, "torchrun cannot use --device mps"),
     ):
         if wrong:
             fail(message)
@@ -1595,19 +1589,21 @@ def join_ranks(args: Args) -> None:
     """Under torchrun: meet the other ranks, which must have the same flags."""
     if WORLD_SIZE == 1:
         return
+    if args.device == "mps":
+        fail("torchrun works with --device cuda and --device cpu")
     if args.device == "cuda":
         with blame("each rank needs a GPU of its own (or --device cpu)"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if args.device == "cuda" else "gloo"
     patience = datetime.timedelta(hours=2)  # the first rank may have to train a model
     dist.init_process_group(backend, timeout=patience)
-    flags = [dict(vars(args))]
-    dist.broadcast_object_list(flags)
-    args.run_dir = flags[0].pop("run_dir")  # the ranks' clocks differ
-    for name, value in flags[0].items():
-        if getattr(args, name) != value:
-            mine = f"{getattr(args, name)!r} on rank {RANK}"
-            fail(f"--{name.replace('_', '-')} is {value!r} on rank 0 and {mine}")
+    flags = [None] * WORLD_SIZE
+    dist.all_gather_object(flags, vars(args))
+    args.run_dir = flags[0]["run_dir"]  # the ranks' clocks differ
+    for name in [name for name in flags[0] if name != "run_dir"]:
+        found = [*dict.fromkeys(x[name] for x in flags)]
+        if len(found) > 1:
+            fail(f"--{name.replace('_', '-')} differs between ranks: {found}")
 
 
 def print_table(run_dir: Path) -> None:
@@ -1642,7 +1638,7 @@ def train(args: Args) -> int:
     if RANK == 0:
         tqdm.write(f"first prompt: {tokenizer.decode(prompts[first])!r}")
     optimizer, step = make_optimizer(model, args)
-    check_start(model, step, args)
+    check_start((model, reference), step, args)
     parts = model, tokenizer, optimizer
     run_dir, stops = Path(args.run_dir), catch_stops()
     if not args.resume:
@@ -1712,8 +1708,9 @@ def main() -> None:
     except KeyboardInterrupt:  # before the first step: there is nothing to save
         sys.exit(130)
     except torch.OutOfMemoryError as e:
-        flags = "--micro-batch-size or --rollout-batch-size"  # --resume takes new ones
-        fail(f"too little memory, --resume the run with a lower {flags}: {e}")
+        how = "--resume it" if Path(args.run_dir).exists() else "start again"
+        flags = "--micro-batch-size or --rollout-batch-size"
+        fail(f"too little memory: {how} with a lower {flags}: {e}")
     if WORLD_SIZE > 1:
         dist.barrier()  # a rank that leaves before the others makes them fail
         dist.destroy_process_group()

@@ -454,12 +454,13 @@ def agree(x: int, args: Args) -> bool:
     return not ends.sum()  # max(x) = min(x)
 
 
-def check_start(model, step: int, args: Args) -> None:
+def check_start(models: tuple, step: int, args: Args) -> None:
     """End the run if its ranks do not start with the same weights after the same step:
-    nodes may have folders of their own."""
-    first = [x.flatten()[:4096].float() for x in model.state_dict().values()]
-    if not agree(step + int(torch.cat(first).view(torch.int32).sum()), args):
-        fail("the ranks start with other weights: let all read the same folder")
+    nodes may have folders of their own. models: some may be None."""
+    weights = [x for model in models if model for x in model.state_dict().values()]
+    first = torch.cat([x.flatten()[:4096].float() for x in weights])
+    if not agree(step + int(first.view(torch.int32).sum()), args):
+        fail("weights or steps differ between ranks: let all read the same folders")
 
 
 # ------------------------------------ Policy ------------------------------------------
@@ -1081,19 +1082,21 @@ def join_ranks(args: Args) -> None:
     """Under torchrun: meet the other ranks, which must have the same flags."""
     if WORLD_SIZE == 1:
         return
+    if args.device == "mps":
+        fail("torchrun works with --device cuda and --device cpu")
     if args.device == "cuda":
         with blame("each rank needs a GPU of its own (or --device cpu)"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if args.device == "cuda" else "gloo"
     patience = datetime.timedelta(hours=2)  # the first rank may have to train a model
     dist.init_process_group(backend, timeout=patience)
-    flags = [dict(vars(args))]
-    dist.broadcast_object_list(flags)
-    args.run_dir = flags[0].pop("run_dir")  # the ranks' clocks differ
-    for name, value in flags[0].items():
-        if getattr(args, name) != value:
-            mine = f"{getattr(args, name)!r} on rank {RANK}"
-            fail(f"--{name.replace('_', '-')} is {value!r} on rank 0 and {mine}")
+    flags = [None] * WORLD_SIZE
+    dist.all_gather_object(flags, vars(args))
+    args.run_dir = flags[0]["run_dir"]  # the ranks' clocks differ
+    for name in [name for name in flags[0] if name != "run_dir"]:
+        found = [*dict.fromkeys(x[name] for x in flags)]
+        if len(found) > 1:
+            fail(f"--{name.replace('_', '-')} differs between ranks: {found}")
 
 
 def print_table(run_dir: Path) -> None:
@@ -1130,7 +1133,7 @@ def train(args: Args) -> int:
         else:  # gym:<id>: new episodes, other ones than at the start
             torch.manual_seed(args.seed * 10**9 + step)
             live["obs"] = env.reset()
-    check_start(agent, step, args)
+    check_start((agent,), step, args)
     if not args.resume:
         metrics = {"step": 0, "transitions": 0} | evaluate(agent, test_env, args)
         score = metrics["eval/episode_return"]
@@ -1197,7 +1200,7 @@ def main() -> None:
         sys.exit(130)
     except torch.OutOfMemoryError as e:
         flags = "--num-envs, --rollout-length or --minibatch-size"
-        fail(f"too little memory, start again with a lower {flags}: {e}")
+        fail(f"too little memory: start again with a lower {flags}: {e}")
     if WORLD_SIZE > 1:
         dist.barrier()  # a rank that leaves before the others makes them fail
         dist.destroy_process_group()

@@ -508,9 +508,8 @@ def load_model(name: str, args: Args) -> tuple:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):  # an adapter's
                 module.p = 0.0
-        has_words = any(Path(name).glob("tokenizer*")) or not adapter.exists()
-        files = name if has_words else base
-        tokenizer = transformers.AutoTokenizer.from_pretrained(files)
+        own = any(Path(name).glob("tokenizer*"))  # an adapter may have none
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name if own else base)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # made without files
             raise ValueError("its tokenizer has no words: are its files there?")
         if tokenizer.eos_token_id is None:
@@ -615,12 +614,13 @@ def agree(x: int, args: Args) -> bool:
     return not ends.sum()  # max(x) = min(x)
 
 
-def check_start(model, step: int, args: Args) -> None:
+def check_start(models: tuple, step: int, args: Args) -> None:
     """End the run if its ranks do not start with the same weights after the same step:
-    nodes may have folders of their own."""
-    first = [x.flatten()[:4096].float() for x in model.state_dict().values()]
-    if not agree(step + int(torch.cat(first).view(torch.int32).sum()), args):
-        fail("the ranks start with other weights: let all read the same folder")
+    nodes may have folders of their own. models: some may be None."""
+    weights = [x for model in models if model for x in model.state_dict().values()]
+    first = torch.cat([x.flatten()[:4096].float() for x in weights])
+    if not agree(step + int(first.view(torch.int32).sum()), args):
+        fail("weights or steps differ between ranks: let all read the same folders")
 
 
 # ------------------------------------ Rollout -----------------------------------------
@@ -1108,13 +1108,13 @@ def find_traces(
     """Phase 1: a record of each hard problem, as in traces.jsonl, and what was spent.
     problems: all to train on, of which the candidates are the first. What was tried is
     kept chunk by chunk, so that a killed search continues where it was."""
-    traces = {}  # place among the candidates: (ids, log-prob)
-    if args.traces:
+    known = [{}]  # place among the candidates: (ids, log-prob)
+    if args.traces and RANK == 0:  # alone: no two ranks may judge differently
         longest = context_length(model) - args.max_new_tokens
         known = [read_traces(tokenizer, candidates, reward, longest, args)]
-        if WORLD_SIZE > 1:  # a reward with a time limit may not be the same twice
-            dist.broadcast_object_list(known)
-        traces = known[0]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(known)
+    traces = known[0]
     sampler = load_sampler(model, tokenizer, problems, args)
     need = max(len(x.prompt) for x in candidates) + args.max_new_tokens
     if sampler and (longest := context_length(sampler)) < need:
@@ -1199,8 +1199,7 @@ def read_traces(tokenizer, candidates, reward, longest: int, args: Args) -> dict
             message = f"{args.traces}, line {number}: {type(e).__name__}: {e}"
             if args.strict_traces:
                 fail(message)
-            if RANK == 0:
-                tqdm.write(f"skipped: {message}", file=sys.stderr)
+            tqdm.write(f"skipped: {message}", file=sys.stderr)
     return traces
 
 
@@ -1487,7 +1486,7 @@ def update(
                 entropy = (entropy * (w > 0)).sum()
                 sums = loss, kl, stats["tokens"], stats["clipped"], entropy
                 totals += torch.stack([x.detach() for x in sums])
-        norm, change = optimizer_step(model, optimizer, args.max_grad_norm, guard)
+        norm, change = optimizer_step(model, optimizer, args.max_grad_norm)
         guard = contextlib.nullcontext
     loss, kl, tokens, clipped, entropy = all_reduce(totals).tolist()
     tokens = max(tokens, 1.0)
@@ -1498,23 +1497,18 @@ def update(
     return stats | {"entropy": entropy / tokens, "clip_fraction": clipped / tokens}
 
 
-def optimizer_step(
-    model, optimizer, max_grad_norm: float, guard=contextlib.nullcontext
-) -> tuple[float, float]:
+def optimizer_step(model, optimizer, max_grad_norm: float) -> tuple[float, float]:
     """One optimiser step on the sum of the ranks' gradients. Returns its norm before
-    clipping, and |change| / |weights| over the first 4,096 entries of each tensor.
-    guard: as in `update`."""
+    clipping, and |change| / |weights| over the first 4,096 entries of each tensor."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         p.grad = all_reduce(torch.zeros_like(p) if p.grad is None else p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-    with guard():
-        if not math.isfinite(norm):
-            fail(
-                f"the gradient norm is {norm}: no step was made. Start a new run (with "
-                "this one's checkpoint/ as --model) with a lower --learning-rate or "
-                "--dtype float32"
-            )
+    if not math.isfinite(norm):
+        fail(
+            f"the gradient norm is {norm}: no step was made. Start a new run (--model: "
+            "this run's checkpoint/) with a lower --learning-rate or --dtype float32"
+        )
     before = torch.cat([p.detach().flatten()[:4096] for p in parameters])
     optimizer.step()
     optimizer.zero_grad()
@@ -1687,7 +1681,7 @@ def nothing_lost(args: Args, step: int, parts: tuple, *logs: dict) -> Iterator[N
         failed += 1
     try:
         all_reduce(failed)
-    except BaseException as e:  # a rank was killed
+    except Exception as e:  # a rank was killed
         error = error or e
     if error or failed > 0:
         try:
@@ -1768,7 +1762,6 @@ def check(args: Args) -> None:
         (idle, "--trace-model has no effect: plain RL needs no traces"),
         (args.prompts_per_step % WORLD_SIZE, "ranks must divide --prompts-per-step"),
         (args.eval_prompts < WORLD_SIZE, "there are more ranks than --eval-prompts"),
-        (args.device == "mps" and WORLD_SIZE > 1, "torchrun cannot use --device mps"),
     ):
         if wrong:
             fail(message)
@@ -1914,19 +1907,21 @@ def join_ranks(args: Args) -> None:
     """Under torchrun: meet the other ranks, which must have the same flags."""
     if WORLD_SIZE == 1:
         return
+    if args.device == "mps":
+        fail("torchrun works with --device cuda and --device cpu")
     if args.device == "cuda":
         with blame("each rank needs a GPU of its own (or --device cpu)"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if args.device == "cuda" else "gloo"
     patience = datetime.timedelta(hours=2)  # the first rank may have to train a model
     dist.init_process_group(backend, timeout=patience)
-    flags = [dict(vars(args))]
-    dist.broadcast_object_list(flags)
-    args.run_dir = flags[0].pop("run_dir")  # the ranks' clocks differ
-    for name, value in flags[0].items():
-        if getattr(args, name) != value:
-            mine = f"{getattr(args, name)!r} on rank {RANK}"
-            fail(f"--{name.replace('_', '-')} is {value!r} on rank 0 and {mine}")
+    flags = [None] * WORLD_SIZE
+    dist.all_gather_object(flags, vars(args))
+    args.run_dir = flags[0]["run_dir"]  # the ranks' clocks differ
+    for name in [name for name in flags[0] if name != "run_dir"]:
+        found = [*dict.fromkeys(x[name] for x in flags)]
+        if len(found) > 1:
+            fail(f"--{name.replace('_', '-')} differs between ranks: {found}")
 
 
 def train(args: Args) -> int:
@@ -1945,7 +1940,7 @@ def train(args: Args) -> int:
     if RANK == 0:
         tqdm.write(f"first prompt: {tokenizer.decode(candidates[0].prompt)!r}")
     optimizer, step = make_optimizer(model, args)
-    check_start(model, step, args)
+    check_start((model, reference), step, args)
     parts = model, tokenizer, optimizer
     task = problems, candidates, tests, reward, step, args
     found, hard, prefixed, metrics = prepare(parts, *task)  # phases 1 and 2
@@ -2023,8 +2018,9 @@ def main() -> None:
         tqdm.write("stopped before the first step; what was tried is cached")
         sys.exit(130)
     except torch.OutOfMemoryError as e:
-        flags = "--micro-batch-size or --rollout-batch-size"  # --resume takes new ones
-        fail(f"too little memory, --resume the run with a lower {flags}: {e}")
+        how = "--resume it" if Path(args.run_dir).exists() else "start again"
+        flags = "--micro-batch-size or --rollout-batch-size"
+        fail(f"too little memory: {how} with a lower {flags}: {e}")
     if WORLD_SIZE > 1:
         dist.barrier()  # a rank that leaves before the others makes them fail
         dist.destroy_process_group()

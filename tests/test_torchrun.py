@@ -290,18 +290,21 @@ ALL = {name: COMMON | OWN[name] for name in OWN} | {"ppo_envs": SMALL_PPO}
 @pytest.mark.parametrize("name", [*ALL])
 def test_nodes_have_other_flags(name, run, home):
     """A command line is edited on one node and not on the other: each trains with its
-    own rate on the other's gradients, the log is the first one's. The second says
-    which flag it is."""
+    own rate on the other's gradients, the log is the first one's. Both say which flag
+    it is."""
     lines = 'sys.argv += ["--learning-rate", f"0.0{int(rank) + 1}"]'
     flags = {k: v for k, v in ALL[name].items() if k != "learning_rate"}
-    wanted = "error: --learning-rate is 0.01 on rank 0 and 0.02 on rank 1"
-    with pytest.raises(AssertionError, match=wanted):
+    wanted = "error: --learning-rate differs between ranks: [0.01, 0.02]"
+    with pytest.raises(AssertionError) as e:
         run(patched(home, name, lines), 2, home, **flags)
+    assert str(e.value).count(wanted) == 2
     assert not (home / "run").exists()
 
 
 @pytest.mark.parametrize(
-    "name, what", [*((x, "model") for x in OWN), *((x, "run") for x in ALL)]
+    "name, what",
+    [*((x, "model") for x in OWN), *((x, "run") for x in ALL), ("vopd", "teacher")]
+    + [(x, "reference") for x in OWN if x != "vopd"],
 )
 def test_nodes_have_folders_of_their_own(name, what, run, home):
     """On disks that nodes do not share, a model is another version of it, or a run's
@@ -310,18 +313,24 @@ def test_nodes_have_folders_of_their_own(name, what, run, home):
     flags, lines = ALL[name], 'os.chdir("node" + rank)'
     for i in range(2):
         shutil.copytree(home, home / f"node{i}", ignore=lambda *_: ["node0"])
-        if what == "run":
-            run(name, 2, home / f"node{i}", **flags | dict(steps=2 - i))
-    if what == "run":
+        if what in ("run", "reference"):
+            more = dict(kl_coef=0.1) if what == "reference" else {}
+            run(name, 2, home / f"node{i}", **flags | more | dict(steps=1))
+    if what in ("run", "reference"):
         flags = dict(resume="run", steps=3)
+    if what == "run":
+        file = home / "node1/run/checkpoint/state.pt"
+        torch.save(torch.load(file, weights_only=True) | {"step": 2}, file)
     else:
-        file = home / "node1/model/model.safetensors"
+        folder = "teacher" if what == "teacher" else "model"
+        file = home / "node1" / folder / "model.safetensors"
         weights = load_file(file)
         weights["model.norm.weight"][0] += 1e-6
         save_file(weights, file, {"format": "pt"})
-    with pytest.raises(AssertionError, match="error: the ranks start with other wei"):
+    with pytest.raises(AssertionError, match="error: weights or steps differ"):
         run(patched(home, name, lines), 2, home, **flags)
-    assert what == "run" or not [*home.glob("node*/run")]
+    logs = [*home.glob("node*/run/metrics.jsonl")]
+    assert all(len(x.read_text().splitlines()) == 2 for x in logs)
 
 
 @pytest.mark.parametrize("name", [*OWN])
@@ -342,7 +351,7 @@ def fails(*args):
 
 setattr(script, loss, fails)
 """
-    with pytest.raises(AssertionError, match="error: too little memory, --resume") as e:
+    with pytest.raises(AssertionError, match="error: too little memory: --resume") as e:
         run(patched(home, name, lines), 2, home, **ALL[name])
     assert "Connection closed" not in str(e.value)
     assert (home / "out").read_text().count("step 1 is saved") == 1
