@@ -438,13 +438,13 @@ def test_fewer_traces_than_ranks(run, home):
 
 
 def test_ranks_do_not_agree_on_a_trace(run, home):
-    """A judge behind a time limit may call a trace right on one rank and wrong on the
-    next: with other prefixes on each they train on problems that nobody drew. What the
-    first one found counts."""
+    """A judge behind a time limit may call a trace right on one rank and fail on the
+    next: with other prefixes on each they train on problems that nobody drew. The first
+    rank judges alone, and what it found counts."""
     moody = TASK.replace(
         "    global calls",
         '    if completion == "abcd":\n'
-        '        return float(os.environ.get("RANK") != "1")\n    global calls',
+        '        return 1 / (os.environ.get("RANK") != "1")\n    global calls',
     )
     (home / "task.py").write_text(moody)
     prompts = [f"train {'ab' * i}:" for i in range(14)]
