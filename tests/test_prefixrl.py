@@ -633,7 +633,7 @@ def test_flops_of_a_run_leave_a_phase_out(
 
     monkeypatch.setattr(script, "attempts", search)
 
-    def count(model, reference, optimizer, rollout, advantages, args):
+    def count(model, reference, optimizer, rollout, advantages, args, *guard):
         cost, n = 0, args.group_size
         lengths = rollout.completion_mask.sum(-1).int().tolist()
         prompt = rollout.attention_mask.sum(-1).int().tolist()[::n]
@@ -1064,9 +1064,9 @@ def test_baseline_uses_what_it_must_not(cli, script, tmp_path, monkeypatch, arm)
     real, drawn = script.update, script.draw_batch
     evaluate_all, evaluated = script.evaluate_all, []
 
-    def spy(model, reference, optimizer, rollout, advantages, args):
+    def spy(model, reference, optimizer, rollout, advantages, *rest):
         seen.append((advantages, rollout))
-        return real(model, reference, optimizer, rollout, advantages, args)
+        return real(model, reference, optimizer, rollout, advantages, *rest)
 
     def spy_batch(*args):
         batches.append(drawn(*args))
