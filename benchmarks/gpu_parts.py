@@ -186,11 +186,11 @@ def rollout(sizes: Sizes, report: Callable) -> None:
 
 
 def library(sizes: Sizes, report: Callable, continuous: bool) -> None:
-    """The same of transformers' own `generate`, with cuDNN's attention on, which is
-    torch's default, and off, as in the scripts; or of its continuous batching, without
-    what each call sets up. The last two have fewer tokens to do."""
+    """The same of transformers' own `generate`, with cuDNN's attention on as is torch's
+    default; or of its continuous batching, which has fewer tokens to do, without what
+    each call sets up."""
     grpo = memory.load_script("grpo")
-    args, few = flags_of(grpo, sizes), max(8, sizes.new_tokens // 4)
+    args = flags_of(grpo, sizes)
     model, _ = load(lambda: grpo.load_model("", args), "0.6B", sizes)
     model, prompts = (
         model.to(getattr(torch, sizes.dtype)),
@@ -216,20 +216,17 @@ def library(sizes: Sizes, report: Callable, continuous: bool) -> None:
         new = model.generate(**inputs, generation_config=config)[:, ids.shape[1] :]
         return int(grpo.completion_mask(new, 1)[0].sum())
 
-    cases = [("", sizes.new_tokens, True), (", without cuDNN's attention", few, False)]
+    n, name = sizes.new_tokens, f"batch {sizes.sequences}"
     if continuous:
-        cases = [(", without set-up", few, False)]
+        n, name = max(8, n // 4), f"{name}, without set-up"
         generate(4)
-    for name, n, cudnn in cases:
-        key = f"batch {sizes.sequences}{name}"
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        first = speed(lambda: generate(4), sizes)
-        row = speed(lambda n=n: generate(n), sizes)
-        assert row["tokens"] > 0, "no tokens came back"
-        if continuous:  # its memory is laid out anew at each call
-            more = {name: row[name] - first[name] for name in ("tokens", "seconds")}
-            row["tokens_per_second"] = more["tokens"] / more["seconds"]
-        report(**{key: row | {"new_tokens": n, "seconds_for_4": first["seconds"]}})
+    torch.backends.cuda.enable_cudnn_sdp(not continuous)
+    first, row = (speed(lambda m=m: generate(m), sizes) for m in (4, n))
+    assert row["tokens"] > 0, "no tokens came back"
+    if continuous:  # its memory is laid out anew at each call
+        more = {key: row[key] - first[key] for key in ("tokens", "seconds")}
+        row["tokens_per_second"] = more["tokens"] / more["seconds"]
+    report(**{name: row | {"new_tokens": n, "seconds_for_4": first["seconds"]}})
 
 
 def failed(message: str) -> None:
@@ -240,9 +237,9 @@ def failed(message: str) -> None:
 def one_step(
     sizes: Sizes, report: Callable, name: str, shape: str, prompt=64, **changes
 ) -> None:
-    """Seconds of each phase and peak memory of a step, after a short one and one like
-    it. Prompts are of half to all of `prompt` tokens, for prefixrl.py of 64 more: a
-    prefix. changes: flags; with a rollout_batch_size, the one step is measured cold."""
+    """Seconds of each phase and peak memory of a step, after one of four prompts.
+    Prompts are of half to all of `prompt` tokens, for prefixrl.py of 64 more: a prefix.
+    changes: flags."""
     script = memory.load_script(name)
     script.fail = failed
     flags = dict(prompts_per_step=sizes.prompts, max_new_tokens=sizes.step_tokens)
@@ -256,10 +253,8 @@ def one_step(
     how = dict(lr=1e-6, weight_decay=0.0, fused=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, **how)
-    short = dataclasses.replace(args, prompts_per_step=2, max_new_tokens=4)
-    for now in (
-        (short, args) if "rollout_batch_size" in changes else (short, args, args)
-    ):
+    few = dict(prompts_per_step=4, max_new_tokens=sizes.step_tokens)
+    for now in dataclasses.replace(args, **few), args:
         if sizes.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         n, G = now.prompts_per_step, now.group_size
@@ -326,7 +321,8 @@ def peaks(sizes: Sizes, report: Callable) -> None:
 
 
 def environments(sizes: Sizes, report: Callable) -> None:
-    """benchmarks/env_speed.py: steps a second of ppo_envs.py."""
+    """benchmarks/env_speed.py: steps a second of ppo_envs.py, whose compiled code is in
+    torch's cache if `compilation` was there before."""
     for power in sizes.environments:
         length = max(1, min(128, 2**17 // 2**power))  # of a rollout
         how = "on" if sizes.device == "cuda" else "off"
@@ -341,6 +337,13 @@ def environments(sizes: Sizes, report: Callable) -> None:
         torch.compiler.reset()  # or its graphs keep their memory
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def compilation(sizes: Sizes, report: Callable) -> None:
+    """What `environments` compiles, of which nothing is timed."""
+    start = time.perf_counter()
+    environments(sizes, lambda **_: None)
+    report(seconds=time.perf_counter() - start)
 
 
 def gradient_of(name: str, device: str, sizes: Sizes) -> tuple[float, torch.Tensor]:
@@ -493,15 +496,14 @@ def steps(shape: str) -> dict:
 
 # and seconds at most; what is least sure to be done in time comes last
 PARTS = {"exact": (exact, 90), "decode": (drawn, 90), "cartpole": (cartpole, 180)}
-PARTS |= {"base-model": (base_model, 120)}
-CARDS = {f"flags-{x}": (functools.partial(preset, name=x), 110) for x in PRESETS}
-LARGEST = {"flags-80gb": CARDS.pop("flags-80gb")}
-PARTS |= CARDS
-# these pass or do not, or are about memory, of which four may need no more than 60 GB
+PARTS |= {"base-model": (base_model, 120), "compilation": (compilation, 150)}
+CARDS = [*PRESETS][::-1]  # the largest takes longest
+PARTS |= {f"flags-{x}": (functools.partial(preset, name=x), 110) for x in CARDS}
+# these pass or do not, or are about memory, of which four may take no more than 130 GB
 UNTIMED = {*PARTS}
 PARTS |= {"memory": (peaks, 60), "rollout": (rollout, 90)}
 PARTS |= {"estimator_cost": (estimators, 60)}
 PARTS["continuous-batching"] = lambda *x: library(*x, continuous=True), 60
-PARTS |= steps("0.6B") | LARGEST | steps("1.7B")
+PARTS |= steps("0.6B") | steps("1.7B")
 PARTS |= {"env_speed": (environments, 120), "countdown": (countdown, 150)}
 PARTS["generate"] = lambda *x: library(*x, continuous=False), 90

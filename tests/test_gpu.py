@@ -25,8 +25,7 @@ import memory
 
 STEPS = "grpo", "dmpo", "prefixrl", "vopd"
 QUICK = "rollout", "generate", "exact", "memory", "cartpole", "base-model", "countdown"
-QUICK += ("env_speed",)
-QUICK += "decode", "estimator_cost"
+QUICK += "env_speed", "decode", "estimator_cost", "compilation"
 
 
 def run(out: Path, *flags, **env) -> tuple[subprocess.CompletedProcess, dict]:
