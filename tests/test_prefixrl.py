@@ -1321,8 +1321,10 @@ def test_cache_of_another_search_is_used(script, tmp_path, model, monkeypatch):
     for helper in ("1.0", "2.0"):
         (tmp_path / "task.py").write_text(f"most = {helper}\n")
         others.append(key(r=reward_a, task=str(tmp_path / "task.py")))
-    code = ["decode", "Columns", "attend", "one_by_one", "generate", "score"]
-    newer = [(script, part, lambda part=part: part) for part in code]
+    code = "decode Columns attend one_by_one recordable record autocast pad generate"
+    code += " completion_mask stop_ids uniforms attempts complete answer_ids score"
+    parts = {name: getattr(script, name) for name in code.split()}
+    newer = [(script, x, lambda *args, f=f: f(*args)) for x, f in parts.items()]
     newer += [(torch, "__version__", "0"), (script.transformers, "__version__", "0")]
     newer.append((torch, "get_num_threads", lambda: 99))
     for place, name, value in newer:

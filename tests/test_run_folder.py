@@ -73,6 +73,37 @@ def test_metric_is_missing_or_constant(cli, tmp_path):
         assert 0 <= line["eval/pass@1"] <= line["eval/pass@8"] <= 1
 
 
+def test_base_model_outlives_the_code_that_made_it(grpo, tmp_path, monkeypatch):
+    """A warm start that was corrected would change nothing for whoever has run it
+    before: a model is cached under the code that decides its weights, its problems,
+    seed, steps, width and versions; one that differs in nothing is not made again."""
+    monkeypatch.chdir(tmp_path)
+    problems = [grpo.Problem(f"{i}=", i, str(i)) for i in range(3)]
+    make = lambda few=problems, seed=1: grpo.tiny_model(few, seed, 2, 16)
+
+    class Newer(grpo.Logprobs):
+        """Its source is another."""
+
+    first = make()
+    code = "warm_start", "token_logprobs", "last_hidden", "pad"
+    parts = {name: getattr(grpo, name) for name in code}
+    newer = [
+        (grpo, name, lambda *x, f=f, **kw: f(*x, **kw)) for name, f in parts.items()
+    ]
+    newer += [(grpo, "Logprobs", Newer), (torch, "__version__", "9.9.9")]
+    newer.append((grpo.transformers, "__version__", "9.9.9"))
+    found = [first, make(problems[:2]), make(seed=2)]
+    found += [grpo.tiny_model(problems, 1, 3, 16), grpo.tiny_model(problems, 1, 2, 32)]
+    for place, name, value in newer:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            found.append(make())
+    assert len({*found}) == len(found)
+    before = Path(first, "config.json").stat().st_mtime_ns
+    assert make() == first
+    assert Path(first, "config.json").stat().st_mtime_ns == before
+
+
 def test_epochs_repeat_an_order_or_a_problem(grpo, monkeypatch):
     """10 problems in batches of 4: two steps an epoch, no problem twice in one, another
     order in the next, and the ranks divide a step."""

@@ -9,6 +9,7 @@ import random
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -634,16 +635,21 @@ def test_held_out_question_is_trained_on(load, monkeypatch):
     assert len(first & other) < 0.1 * len(first)  # seeds 1 and 2 are not one shifted
 
 
-def test_score_evaluates_the_completion(load, tmp_path, monkeypatch):
+def test_score_evaluates_the_completion(load, tmp_path, monkeypatch, capsys):
     """Scorers of reasoning-gym call eval() on answers: 9**9**9 never ends, and text is
     run as code. Each of these scores next to nothing within the limit, leaves no trace,
-    and the next completion is judged as ever."""
+    and the next completion is judged as ever. One that asks for 9 GB gets an error, not
+    the memory and then endless time."""
     monkeypatch.chdir(tmp_path)
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(0)
+    port = listener.getsockname()[1]
     Path("kept").touch()
     signals = []
     before = signal.signal(signal.SIGUSR1, lambda *_: signals.append(1))
     names = dict(REASONING_GYM="string_insertion,countdown", REASONING_GYM_SIZE=20)
     problems, _, reward = load("reasoning_gym", **names, REASONING_GYM_SECONDS=1)
+    connect = "__import__('socket').create_connection"
     for name, text in [
         ("countdown", "9**9**9**9"),
         ("countdown", "exec('import os; os.system(\"touch trace\")')"),
@@ -656,6 +662,9 @@ def test_score_evaluates_the_completion(load, tmp_path, monkeypatch):
         ("string_insertion", "__import__('os').remove('kept')"),
         ("string_insertion", "(o := __import__('os')).kill(o.getppid(), 10)"),
         ("string_insertion", "[x for x in iter(int, 1)]"),
+        ("string_insertion", "bytes(9 << 30) and [x for x in iter(int, 1)]"),
+        ("string_insertion", "__import__('ctypes').CDLL(None).creat(b'trace', 384)"),
+        ("string_insertion", f"{connect}(('127.0.0.1', {port}))"),
     ]:
         problem = next(p for p in problems if p.answer["name"] == name)
         inside(reward)["worker"]()
@@ -663,6 +672,11 @@ def test_score_evaluates_the_completion(load, tmp_path, monkeypatch):
         assert value <= 0.05 and seconds < 1 + START, text
         assert Path("kept").exists() and not Path("trace").exists(), text
         assert reward(problem, problem.solution) == 1.0, text
+        late = "no verdict in 1 s" in capsys.readouterr().err
+        assert late == (text in ("9**9**9**9", "[x for x in iter(int, 1)]")), text
+    with pytest.raises(BlockingIOError):
+        listener.accept()  # nobody called
+    listener.close()
     signal.signal(signal.SIGUSR1, before)
     assert not signals  # the run itself could be ended
 
