@@ -1,0 +1,223 @@
+"""Whole runs on a device that is not the CPU, on a machine that has none: its tensors
+say that they are elsewhere, and an operation that mixes the two fails as on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import transformers
+from conftest import cpu_args, load_script
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
+
+DEVICE = "lazy"  # a type that torch knows and that no tensor is of
+MAY_MIX = "aten::_to_copy", "aten::copy_"
+BY_INDEX = "aten::index", "aten::index_put", "aten::index_put_"
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor of that device, by its values, `here`."""
+
+    @staticmethod
+    def __new__(cls, here: torch.Tensor):
+        shape = dict(strides=here.stride(), storage_offset=here.storage_offset())
+        kwargs = dict(dtype=here.dtype, device=f"{DEVICE}:0")
+        self = cls._make_wrapper_subclass(cls, here.shape, **shape, **kwargs)
+        self.here = here
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return call(function, args, kwargs or {})
+
+
+def is_elsewhere(x: object) -> bool:
+    return isinstance(x, Elsewhere)
+
+
+def here(tree):
+    """Tensors, lists of them and so on with the values that they stand for."""
+    return tree_map(lambda x: x.here if is_elsewhere(x) else x, tree)
+
+
+def there(tree):
+    """The same with all tensors on that device."""
+    return tree_map(lambda x: Elsewhere(x) if isinstance(x, torch.Tensor) else x, tree)
+
+
+def call(function, args: tuple, kwargs: dict):
+    """An operation's result, on the device that a GPU's would be on."""
+    name, inputs = function._schema.name, (args, kwargs)
+    away = any(map(is_elsewhere, tree_leaves(inputs)))
+    if name in BY_INDEX and is_elsewhere(args[0]):
+        inputs = args[0], args[2:]  # the indices may be here
+    inputs = [x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor)]
+    left = [tuple(x.shape) for x in inputs if not is_elsewhere(x) and x.dim()]
+    if away and left and name not in MAY_MIX:
+        raise RuntimeError(f"{name}: tensors {left} were left on the CPU")
+    if kwargs.get("device") is not None:
+        away = torch.device(kwargs["device"]).type == DEVICE
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    result = function(*here(args), **here(kwargs))
+    if name == "aten::copy_":
+        return args[0]
+    if not away:
+        return result
+    return return_and_correct_aliasing(function, args, kwargs, there(result))
+
+
+class Device(TorchDispatchMode):
+    """Within it tensors can be made there."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made = kwargs.get("device")
+        if made is not None and torch.device(made).type == DEVICE:
+            return call(function, args, kwargs)
+        return function(*args, **kwargs)
+
+
+@pytest.fixture
+def other_device(monkeypatch):
+    """What torch and transformers cannot do with such tensors: lists of their values,
+    files, weights that are tied, fused AdamW, autocast. other_device(script) prepares a
+    script, which decodes there as for a CUDA graph, but without one."""
+    model, tolist = transformers.PreTrainedModel, torch.Tensor.tolist
+    move, save_model = model.to, model.save_pretrained
+    save, load, tensor = torch.save, torch.load, torch.tensor
+    autocast = torch.is_autocast_enabled
+    adam = importlib.import_module("torch.optim.adam")
+
+    def to(self, *args, **kwargs):
+        moved = move(self, *args, **kwargs)
+        moved.tie_weights()
+        return moved
+
+    def save_pretrained(self, folder):
+        weights = {name: x.clone() for name, x in here(self.state_dict()).items()}
+        save_model(self, folder, state_dict=weights)
+
+    def load_state(file, device, **kwargs):
+        state = load(file, "cpu", **kwargs)
+        return there(state) if device == DEVICE else state
+
+    patch = monkeypatch.setattr
+    patch(torch, "load", load_state)
+    patch(torch.Tensor, "tolist", lambda self: tolist(here(self)))
+    patch(model, "to", to)
+    patch(model, "save_pretrained", save_pretrained)
+    patch(torch, "save", lambda x, *args, **kwargs: save(here(x), *args, **kwargs))
+    patch(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
+    patch(torch, "is_autocast_enabled", lambda *x: DEVICE not in x and autocast(*x))
+
+    class Torch(ModuleType):
+        """torch, whose tensor() also takes a list of such tensors."""
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+        def tensor(self, x, **kwargs):
+            elements = isinstance(x, list) and any(map(is_elsewhere, x))
+            return tensor([float(y) for y in x] if elements else x, **kwargs)
+
+    def prepare(script):
+        patch(script, "torch", Torch("torch"))
+        if hasattr(script, "decode"):
+            patch(script, "autocast", lambda args: contextlib.nullcontext())
+            patch(script, "recordable", lambda model: model.device.type == DEVICE)
+            patch(script, "record", lambda step: step)
+        else:
+            monkeypatch.setitem(script.PIECE, DEVICE, script.PIECE["cpu"])
+
+    lifted = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor: made here, then moved
+    yield prepare
+    torch._C._set_only_lift_cpu_tensors(lifted)
+
+
+TASK = """
+import random, zlib
+
+def problems(split, seed):
+    rng = random.Random(f"{split} {seed}")
+    for _ in range(50):
+        a, b = rng.randint(0, 99), rng.randint(0, 99)
+        yield {"prompt": f"{a}+{b}=", "answer": a + b, "solution": str(a + b)}
+
+def reward(problem, completion):
+    return zlib.crc32(completion.encode()) % 5 / 4
+"""
+SMALL = dict(steps=2, prompts_per_step=4, micro_batch_size=4, max_new_tokens=6)
+SMALL |= dict(task="task.py", tiny_steps=10, eval_prompts=4, eval_samples=2)
+SMALL |= dict(eval_every=1)
+PREFIXES = SMALL | dict(hard_k=1, candidates=16, trace_model="base")
+ENVS = dict(steps=2, num_envs=16, minibatch_size=128, eval_episodes=3, eval_every=1)
+CASES = {  # name of the script, more words: flags
+    "grpo": SMALL | dict(kl_coef=0.1, updates_per_batch=2, mask_truncated=True),
+    "grpo lora": SMALL | dict(kl_coef=0.1, lora_rank=2),
+    "dmpo": SMALL | dict(kl_coef=0.1),
+    "prefixrl": PREFIXES | dict(sft_epochs=1, kl_coef=0.1),
+    "prefixrl off-policy": PREFIXES | dict(off_policy=True, prefixes_per_problem=0),
+    "vopd": SMALL | dict(teacher_steps=20),
+    "vopd full": SMALL | dict(teacher_steps=20, estimator="full"),
+    "ppo_envs cartpole": ENVS | dict(ewma_com=2.0),
+    "ppo_envs pendulum": ENVS | dict(env="pendulum"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tensor_is_left_on_the_cpu(case, tmp_path, monkeypatch, other_device):
+    """One tensor that is made on the CPU ends a run on a GPU at its first use, which a
+    test without a GPU does not see. A whole run elsewhere, resumed after its first
+    step, has the metrics of one on the CPU."""
+    if "lora" in case:
+        pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    Path("task.py").write_text(TASK)
+    name, flags = case.split()[0], CASES[case]
+    script, found = load_script(name), []
+    for device, within in ("cpu", contextlib.nullcontext()), (DEVICE, Device()):
+        about = flags | dict(run_dir=device, device="cpu")
+        lm = name != "ppo_envs"
+        args = cpu_args(script, **about) if lm else script.Args(**about)
+        script.check(args)
+        args.device = device
+        if device == DEVICE:
+            other_device(script)
+            args.steps = 1
+        with within:
+            assert script.train(args) == 0
+            if device == DEVICE:
+                args.steps, args.resume = 2, args.run_dir
+                assert script.train(args) == 0
+        found.append([json.loads(x) for x in Path(device, "metrics.jsonl").open()])
+    for wanted, line in zip(*found, strict=True):
+        assert wanted.keys() == line.keys()
+        for key in wanted:
+            if "second" not in key and "memory" not in key and "delta_logp" not in key:
+                assert line[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.parametrize("name", ["acrobot", "breakout"])
+def test_environment_leaves_a_tensor_on_the_cpu(name, other_device):
+    """The same of the environments that no run above has: observations and rewards of a
+    few steps elsewhere are those on the CPU."""
+    ppo, found = load_script("ppo_envs"), []
+    other_device(ppo)
+    for device, within in ("cpu", contextlib.nullcontext()), (DEVICE, Device()):
+        torch.manual_seed(1)
+        env = ppo.make_env(ppo.Args(env=name, device=device, compile="off"), 64)
+        with within:
+            steps = [[env.reset()]]
+            for i in range(20):
+                actions = torch.full((64,), i % 3, dtype=torch.uint8, device=device)
+                steps.append(env.step(actions))
+        found.append([x.float() for part in here(steps) for x in part])
+    assert all(torch.allclose(x, y) for x, y in zip(*found, strict=True))
+    assert found[0][-1].std() > 0
