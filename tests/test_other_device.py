@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 DEVICE = "lazy"  # a type that torch knows and that no tensor is of
 MAY_MIX = "aten::_to_copy", "aten::copy_"
 BY_INDEX = "aten::index", "aten::index_put", "aten::index_put_"
+WAITS = "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"
+RECORDED = []  # the step that a CUDA graph would record, while it is done
 
 
 class Elsewhere(torch.Tensor):
@@ -53,23 +55,41 @@ def there(tree):
 
 def call(function, args: tuple, kwargs: dict):
     """An operation's result, on the device that a GPU's would be on."""
-    name, inputs = function._schema.name, (args, kwargs)
-    away = any(map(is_elsewhere, tree_leaves(inputs)))
+    name, inputs, by_mask = function._schema.name, (args, kwargs), False
+    away = goes = any(map(is_elsewhere, tree_leaves(inputs)))
     if name in BY_INDEX and is_elsewhere(args[0]):
+        by_mask = any(x is not None and x.dtype == torch.bool for x in args[1])
         inputs = args[0], args[2:]  # the indices may be here
     inputs = [x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor)]
     left = [tuple(x.shape) for x in inputs if not is_elsewhere(x) and x.dim()]
     if away and left and name not in MAY_MIX:
         raise RuntimeError(f"{name}: tensors {left} were left on the CPU")
     if kwargs.get("device") is not None:
-        away = torch.device(kwargs["device"]).type == DEVICE
+        goes = torch.device(kwargs["device"]).type == DEVICE
         kwargs = kwargs | {"device": torch.device("cpu")}
+    copied = inputs and (away != goes or (away and left))
+    if RECORDED and (copied or by_mask or name in WAITS):
+        raise RuntimeError(f"{name} cannot be in a CUDA graph")
     result = function(*here(args), **here(kwargs))
     if name == "aten::copy_":
         return args[0]
-    if not away:
+    if not goes:
         return result
     return return_and_correct_aliasing(function, args, kwargs, there(result))
+
+
+def record(step):
+    """In the place of the scripts' own: step itself, but nothing in it may be what a
+    CUDA graph cannot record."""
+
+    def replay() -> None:
+        RECORDED.append(step)
+        try:
+            step()
+        finally:
+            RECORDED.clear()
+
+    return replay
 
 
 class Device(TorchDispatchMode):
@@ -131,7 +151,7 @@ def other_device(monkeypatch):
         if hasattr(script, "decode"):
             patch(script, "autocast", lambda args: contextlib.nullcontext())
             patch(script, "recordable", lambda model: model.device.type == DEVICE)
-            patch(script, "record", lambda step: step)
+            patch(script, "record", record)
         else:
             monkeypatch.setitem(script.PIECE, DEVICE, script.PIECE["cpu"])
 
@@ -172,10 +192,13 @@ CASES = {  # name of the script, more words: flags
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_tensor_is_left_on_the_cpu(case, tmp_path, monkeypatch, other_device):
-    """One tensor that is made on the CPU ends a run on a GPU at its first use, which a
-    test without a GPU does not see. A whole run elsewhere, resumed after its first
-    step, has the metrics of one on the CPU."""
+def test_tensor_is_left_on_the_cpu_or_waited_for(
+    case, tmp_path, monkeypatch, other_device
+):
+    """One tensor that is made on the CPU ends a run on a GPU at its first use, one look
+    at a value in a step of decode its CUDA graph, which a test without a GPU does not
+    see. A whole run elsewhere, resumed after its first step, has the metrics of one on
+    the CPU."""
     if "lora" in case:
         pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
@@ -221,3 +244,50 @@ def test_environment_leaves_a_tensor_on_the_cpu(name, other_device):
         found.append([x.float() for part in here(steps) for x in part])
     assert all(torch.allclose(x, y) for x, y in zip(*found, strict=True))
     assert found[0][-1].std() > 0
+
+
+SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=60)
+SIZES |= dict(num_attention_heads=4, num_key_value_heads=2)
+WINDOW = SIZES | dict(sliding_window=8)
+DYNAMIC = dict(rope_type="dynamic", rope_theta=10000.0, factor=2.0)
+SHORT = SIZES | dict(max_position_embeddings=16)
+MODELS = {
+    "Llama": lambda: transformers.LlamaConfig(**SIZES),
+    "dynamic": lambda: transformers.LlamaConfig(**SHORT, rope_parameters=DYNAMIC),
+    "Mistral": lambda: transformers.MistralConfig(**WINDOW),
+    "Gemma3": lambda: transformers.Gemma3TextConfig(**WINDOW, head_dim=8),
+    "Phi3": lambda: transformers.Phi3Config(**SIZES, pad_token_id=0),
+    "GPT2": lambda: transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=60
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_pass_that_looks_at_values_is_recorded(name, other_device, monkeypatch):
+    """A CUDA graph of a model that branches on values of tensors fails while it is
+    recorded. Models for which recordable says yes decode without a look at a value, and
+    as they do on the CPU; the one for which it says no takes one."""
+    grpo = load_script("grpo")
+    recordable = grpo.recordable
+    other_device(grpo)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[name]()).eval()
+    tokens, eos = torch.randint(3, 60, (3, 6)), torch.tensor([1, 2, 4])
+    seen = torch.ones_like(tokens)
+    seen[0, :3] = 0
+    batch = tokens, seen, torch.rand(6, 40, dtype=torch.float64)
+    wanted, _ = grpo.decode(model, *batch, 1.0, eos)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "device", torch.device("cuda"))
+        expected = recordable(model)
+    assert expected == (name != "dynamic")
+    with Device():
+        model, *batch, ends = (x.to(f"{DEVICE}:0") for x in (model, *batch, eos))
+        if not expected:
+            with pytest.raises(RuntimeError, match="cannot be in a CUDA graph"):
+                grpo.decode(model, *batch, 1.0, ends)
+            return
+        found, _ = here(grpo.decode(model, *batch, 1.0, ends))
+    mask, truncated = grpo.completion_mask(wanted, eos)
+    assert torch.equal(found * mask, wanted * mask) and not truncated.all()
