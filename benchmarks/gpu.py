@@ -9,9 +9,9 @@ transformers, numpy, matplotlib and tqdm, and peft for the flags of the smallest
 where tyro is missing, a stand-in of 20 lines reads the scripts' flags. Each part is a
 process of its own (a copy of this one, so that nothing is imported twice) with its own
 time: one that fails or is late leaves its error and what it had measured, and the
-others run. Those whose time does not matter run first, four side by side. What finds no
-time is measured by a second command with --parts, which leaves the other parts in the
-file as they are.
+others run. Those whose time does not matter run first, up to four of them side by side
+if they fit into the GPU's memory. What finds no time is measured by a second command
+with --parts, which leaves the other parts in the file as they are.
 Writes benchmarks/results/gpu-<name>.json (runs/gpu-smoke.json) after each part; exit
 code 1 if one failed.
 """
@@ -24,6 +24,7 @@ import contextlib
 import ctypes
 import dataclasses
 import json
+import math
 import os
 import platform
 import shutil
@@ -86,13 +87,26 @@ def part_of(name: str, sizes: Sizes, file: Path) -> None:
     PARTS[name][0](sizes, report)
 
 
-def measure(parts, sizes: Sizes, seconds: float, slow: int, end: Callable) -> None:
-    """The parts, one after another or, where their time is not published, four side by
-    side: end(part, its seconds, error or None) as each ends, whatever ends it."""
+def card() -> tuple[str, float]:
+    """The GPU's name and its memory in 2^30 bytes."""
+    about = torch.cuda.get_device_properties(0)
+    return about.name, about.total_memory / 2**30
+
+
+def measure(
+    parts, sizes: Sizes, seconds: float, slow: int, room: float, end: Callable
+) -> None:
+    """The parts, one after another or, where their time is not published, up to four
+    side by side in `room` GB: end(part, its seconds, error or None) as each ends,
+    whatever ends it."""
     waiting, running, begin = [*parts], {}, time.perf_counter()
     since = lambda start: time.perf_counter() - start
-    shared = lambda part: len(running) < 4 and {part, *running} <= UNTIMED
-    fits = lambda part: not running or shared(part)
+
+    def fits(part: str) -> bool:
+        beside = {part, *running}
+        shared = len(running) < 4 and beside <= UNTIMED.keys()
+        return not running or (shared and sum(map(UNTIMED.get, beside)) <= room)
+
     try:
         while waiting or running:
             while waiting and fits(waiting[0]):
@@ -144,7 +158,9 @@ def main() -> int:
         Path(WORK, "tyro.py").write_text(TYRO)
         sys.path.insert(0, WORK)
         os.environ["PYTHONPATH"] = f"{WORK}:{os.environ.get('PYTHONPATH', '')}"
-    gpu = "no GPU" if flags.smoke else memory.in_process(torch.cuda.get_device_name)
+    gpu, room = "no GPU", math.inf
+    if not flags.smoke:
+        gpu, room = memory.in_process(card)
     result = {"hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {gpu}"}
     result |= {"torch": torch.__version__, "transformers": transformers.__version__}
     result |= {"python": platform.python_version(), "smoke": flags.smoke}
@@ -168,7 +184,8 @@ def main() -> int:
         print(f"{part}: {error or 'ok'}, {spent:.0f} s", flush=True)
         file.write_text(json.dumps(result, indent=1) + "\n")
 
-    measure(flags.parts, sizes, seconds - (time.perf_counter() - BEGIN), slow, end)
+    seconds -= time.perf_counter() - BEGIN
+    measure(flags.parts, sizes, seconds, slow, room, end)
     return int(not all(row["ok"] for row in result["parts"].values()))
 
 

@@ -112,8 +112,8 @@ def test_one_part_takes_the_others_with_it(tmp_path):
 
 
 def test_time_of_a_part_is_taken_beside_another(monkeypatch):
-    """Checks may share the GPU, what is timed may not. If the command is ended, what
-    runs leaves its line and no process."""
+    """Checks may share the GPU if they fit into its memory, what is timed may not. If
+    the command is ended, what runs leaves its line and no process."""
     spans, rows = {}, {}
 
     def part(name: str, seconds: float):
@@ -129,17 +129,20 @@ def test_time_of_a_part_is_taken_beside_another(monkeypatch):
         spans[name], rows[name] = found, (spent, error)
 
     parts = part("a", 0.6) | part("b", 0.6) | part("timed", 0.3) | part("c", 0.1)
-    monkeypatch.setattr(gpu, "PARTS", parts | part("long", 9))
-    monkeypatch.setattr(gpu, "UNTIMED", set("abc"))
-    gpu.measure([*"ab", "timed", "c"], gpu.SMOKE, 60, 1, end)
-    assert {error for _, error in rows.values()} == {None} and len(rows) == 4
+    monkeypatch.setattr(gpu, "PARTS", parts | part("large", 0.1) | part("long", 9))
+    monkeypatch.setattr(gpu, "UNTIMED", dict.fromkeys("abc", 8) | {"large": 9})
+    gpu.measure([*"ab", "timed", "c", "large"], gpu.SMOKE, 60, 1, 16, end)
+    assert {error for _, error in rows.values()} == {None} and len(rows) == 5
     assert spans["a"]["start"] < spans["b"]["start"] < spans["a"]["end"]
     last = max(spans[name]["end"] for name in "ab")
     assert last < spans["timed"]["start"] < spans["timed"]["end"] < spans["c"]["start"]
+    assert spans["c"]["end"] < spans["large"]["start"]
+    gpu.measure(["timed", "c"], gpu.SMOKE, 60, 1, math.inf, end)
+    assert spans["timed"]["end"] < spans["c"]["start"]
     signal.signal(signal.SIGALRM, lambda *_: sys.exit(143))
     signal.setitimer(signal.ITIMER_REAL, 1)
     with pytest.raises(SystemExit):
-        gpu.measure(["long", "c"], gpu.SMOKE, 60, 1, end)
+        gpu.measure(["long", "c"], gpu.SMOKE, 60, 1, math.inf, end)
     assert rows["long"][1] == "the command was ended" and rows["long"][0] < 5
     with pytest.raises(ProcessLookupError):
         os.kill(spans["long"]["pid"], 0)
