@@ -36,6 +36,7 @@ from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # imports begin no CUDA
 BEGIN = time.perf_counter()  # the imports may take half a minute
 try:
     import memory
@@ -43,7 +44,7 @@ try:
     import tqdm  # noqa: F401  the scripts need it
     import transformers
     from code_hash import code_hash
-    from gpu_parts import PARTS, SMOKE, UNTIMED, Sizes
+    from gpu_parts import PARTS, SHARED_GB, SMOKE, Sizes
 except ImportError as e:
     sys.exit(f"error: {e}: pip install -r requirements.txt")
 
@@ -104,8 +105,8 @@ def measure(
 
     def fits(part: str) -> bool:
         beside = {part, *running}
-        shared = len(running) < 4 and beside <= UNTIMED.keys()
-        return not running or (shared and sum(map(UNTIMED.get, beside)) <= room)
+        shared = len(running) < 4 and beside <= SHARED_GB.keys()
+        return not running or (shared and sum(map(SHARED_GB.get, beside)) <= room)
 
     try:
         while waiting or running:
@@ -172,8 +173,10 @@ def main() -> int:
     if len(flags.parts) < len(PARTS) and file.exists():  # the others stay
         before = json.loads(file.read_text())
         known = ("hardware", "torch", "transformers", "code", "sizes")
-        if all(before[key] == json.loads(json.dumps(result[key])) for key in known):
-            result["parts"] = before["parts"]
+        if any(before[key] != json.loads(json.dumps(result[key])) for key in known):
+            what = "is of another machine, other code or other sizes"
+            sys.exit(f"error: {file} {what}: give another --name, or run all parts")
+        result["parts"] = before["parts"]
 
     def end(part: str, spent: float, error: str | None) -> None:
         row = {"ok": error is None, "seconds": spent, "error": error, "found": {}}

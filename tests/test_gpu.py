@@ -130,7 +130,7 @@ def test_time_of_a_part_is_taken_beside_another(monkeypatch):
 
     parts = part("a", 0.6) | part("b", 0.6) | part("timed", 0.3) | part("c", 0.1)
     monkeypatch.setattr(gpu, "PARTS", parts | part("large", 0.1) | part("long", 9))
-    monkeypatch.setattr(gpu, "UNTIMED", dict.fromkeys("abc", 8) | {"large": 9})
+    monkeypatch.setattr(gpu, "SHARED_GB", dict.fromkeys("abc", 8) | {"large": 9})
     gpu.measure([*"ab", "timed", "c", "large"], gpu.SMOKE, 60, 1, 16, end)
     assert {error for _, error in rows.values()} == {None} and len(rows) == 5
     assert spans["a"]["start"] < spans["b"]["start"] < spans["a"]["end"]
@@ -146,6 +146,22 @@ def test_time_of_a_part_is_taken_beside_another(monkeypatch):
     assert rows["long"][1] == "the command was ended" and rows["long"][0] < 5
     with pytest.raises(ProcessLookupError):
         os.kill(spans["long"]["pid"], 0)
+
+
+def test_part_that_is_run_again_erases_the_others(tmp_path):
+    """A second command for what found no time would write a file of that part alone if
+    the code had been edited since: it ends in one line instead."""
+    file = tmp_path / "gpu-smoke.json"
+    assert run(tmp_path, "--parts", "base-model")[0].returncode == 0
+    before = json.loads(file.read_text())
+    assert {*before["parts"]} == {"base-model"}
+    file.write_text(json.dumps(before | {"code": {}}))
+    done, result = run(tmp_path, "--parts", "decode")
+    assert done.returncode and "is of another machine, other code" in done.stderr
+    assert result == before | {"code": {}}
+    file.write_text(json.dumps(before))
+    done, result = run(tmp_path, "--parts", "decode")
+    assert done.returncode == 0 and {*result["parts"]} == {"base-model", "decode"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

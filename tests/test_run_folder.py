@@ -99,9 +99,8 @@ def test_base_model_outlives_the_code_that_made_it(grpo, tmp_path, monkeypatch):
             patch.setattr(place, name, value)
             found.append(make())
     assert len({*found}) == len(found)
-    before = Path(first, "config.json").stat().st_mtime_ns
+    monkeypatch.setattr(grpo.transformers, "Qwen3ForCausalLM", None)
     assert make() == first
-    assert Path(first, "config.json").stat().st_mtime_ns == before
 
 
 def test_epochs_repeat_an_order_or_a_problem(grpo, monkeypatch):
