@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -18,7 +19,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(Path(__file__).parent))  # tests may import from this file
+sys.path.insert(0, str(Path(__file__).parent))  # tests may import from this folder
+from ranks import Ranks
+
 torch.set_num_threads(1)
 
 
@@ -182,6 +185,14 @@ def run_script(script: Path | str, *flags: str, cwd: Path, timeout: float = 120,
         text=True,
         timeout=timeout,
     )
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Starts processes that have all imports behind them."""
+    server = Ranks()
+    yield server
+    server.close()
 
 
 def metrics_of(run_dir: Path) -> list[dict]:

@@ -76,35 +76,6 @@ def models(tmp_path_factory) -> Path:
     return folder
 
 
-RANKS = """
-import json, os, runpy, signal, socket, sys
-import matplotlib.figure, torch, transformers, tyro
-from transformers import Qwen3ForCausalLM
-
-for line in sys.stdin:
-    world, home, *command = json.loads(line)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(world):
-        if pid := os.fork():
-            ranks.append(pid)
-            continue
-        if world > 1:  # what torchrun sets
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.chdir(home)
-        for stream in 1, 2:
-            os.dup2(os.open("out", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        signal.alarm(100)  # the end of one that waits for ever
-        sys.argv = command
-        runpy.run_path(command[0], run_name="__main__")  # main() ends it
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
-    print(json.dumps(codes), flush=True)
-"""
-
-
 def command_line(script: str, flags: dict) -> list[str]:
     """algos/<script>.py with its flags."""
     words = [str(script_path(script))]
@@ -114,24 +85,15 @@ def command_line(script: str, flags: dict) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def run():
-    """run(script, world, home, **flags): the folder of a finished run. The ranks are
-    processes that begin as copies of one that has imported all: torchrun's own take
-    seconds each."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-    command = [sys.executable, "-c", RANKS]
-    with subprocess.Popen(command, env=env, **pipes) as server:
+def run(ranks):
+    """run(script, world, home, **flags): the folder of a finished run."""
 
-        def get(script: str, world: int, home: Path, **flags) -> Path:
-            job = world, str(home), *command_line(script, flags)
-            server.stdin.write(f"{json.dumps(job)}\n")
-            codes = json.loads(server.stdout.readline())
-            assert codes == [0] * world, (home / "out").read_text()
-            return home / "run"
+    def get(script: str, world: int, home: Path, **flags) -> Path:
+        codes = ranks.run(world, *command_line(script, flags), cwd=home)
+        assert codes == [0] * world, (home / "out").read_text()
+        return home / "run"
 
-        yield get
-        server.stdin.close()
+    return get
 
 
 def torchrun(script: str, world: int, home: Path, **flags) -> tuple[int, str]:
