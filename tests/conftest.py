@@ -16,12 +16,10 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
+from ranks import Ranks
 from tokenizers import Tokenizer, decoders, models
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(Path(__file__).parent))  # tests may import from this folder
-from ranks import Ranks
-
 torch.set_num_threads(1)
 
 

@@ -35,7 +35,7 @@ class Ranks:
 
     def start(self, world: int, program, *words, cwd, **env) -> list[int]:
         """Process ids of `world` ranks of `python program words`, in the folder cwd.
-        What they print is added to the file out there. One rank is no torchrun."""
+        What they print is added to the file out there. They can import from tests/."""
         command = [str(word) for word in (program, *words)]
         env = dict(os.environ) | {"OMP_NUM_THREADS": "1"} | env
         return self.ask(world=world, command=command, cwd=str(cwd), env=env)

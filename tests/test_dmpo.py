@@ -10,8 +10,6 @@ import os
 import random
 import re
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -460,10 +458,8 @@ def test_everything_masked_is_0_divided_by_0(dmpo):
 
 
 WORKER = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import test_dmpo
-test_dmpo.dist_job(test_dmpo.load_script("dmpo"), *sys.argv[2:])
+import sys, test_dmpo
+test_dmpo.dist_job(test_dmpo.load_script("dmpo"), *sys.argv[1:])
 """
 
 
@@ -507,7 +503,7 @@ def logged(run_dir: Path) -> list[dict]:
     ]
 
 
-def test_gradient_depends_on_the_number_of_ranks(dmpo, tmp_path, monkeypatch):
+def test_gradient_depends_on_the_number_of_ranks(dmpo, ranks, tmp_path):
     """Ranks that average L_DM over their own groups weight a group by its rank's
     count: here one rank has two groups and the other one. Two gloo ranks have the
     gradients of one process, and the whole loop has its metrics.
@@ -524,23 +520,10 @@ def test_gradient_depends_on_the_number_of_ranks(dmpo, tmp_path, monkeypatch):
     train |= dict(prompts_per_step=4, group_size=4, max_new_tokens=6, eval_prompts=3)
     train |= dict(eval_samples=8, learning_rate=1e-3)
     job = json.dumps({"cases": cases, "train": train})
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Ctrl-C stays pytest's
-    dist_job(dmpo, tmp_path, job)
-    command = [sys.executable, "-c", WORKER, Path(__file__).parent, tmp_path, job]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    workers = [
-        subprocess.Popen([*map(str, command)], env=env | {"RANK": str(rank)})
-        for rank in range(2)
-    ]
-    try:
-        assert [worker.wait(200) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
+    (tmp_path / "worker.py").write_text(WORKER)
+    for world in 1, 2:
+        codes = ranks.run(world, "worker.py", tmp_path, job, cwd=tmp_path)
+        assert codes == [0] * world, (tmp_path / "out").read_text()
     one = torch.load(tmp_path / "gradient-0-of-1.pt")
     for rank in 0, 1:
         two = torch.load(tmp_path / f"gradient-{rank}-of-2.pt")

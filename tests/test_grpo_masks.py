@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -235,13 +230,11 @@ def test_gradient_depends_on_the_micro_batch(grpo, normalization, kl_coef):
 WORKER = """
 import json, os, sys, torch
 import torch.distributed as dist
-folder, tests, job = sys.argv[1:]
-sys.path.insert(0, tests)
 from conftest import Recorder, cpu_args, load_script, small_qwen3
-grpo, job = load_script("grpo"), json.loads(job)
+grpo, job = load_script("grpo"), json.loads(sys.argv[1])
 if grpo.WORLD_SIZE > 1:
     dist.init_process_group("gloo")
-whole = torch.load(f"{folder}/batch.pt")
+whole = torch.load("batch.pt")
 found = []
 for advantages, flags in job["cases"]:
     mine = torch.arange(8).view(-1, 2)[grpo.RANK :: grpo.WORLD_SIZE].flatten()
@@ -253,8 +246,8 @@ for advantages, flags in job["cases"]:
     advantages = torch.tensor(advantages)[mine]
     stats = grpo.update(model, reference, optimizer, rollout, advantages, args)
     found.append((optimizer.seen[0], stats))
-torch.save(found, f"{folder}/gradient-{grpo.RANK}-of-{grpo.WORLD_SIZE}.pt")
-grpo.train(cpu_args(grpo, **job["train"], run_dir=f"{folder}/run-{grpo.WORLD_SIZE}"))
+torch.save(found, f"gradient-{grpo.RANK}-of-{grpo.WORLD_SIZE}.pt")
+grpo.train(cpu_args(grpo, **job["train"], run_dir=f"run-{grpo.WORLD_SIZE}"))
 if grpo.WORLD_SIZE > 1:  # a rank that leaves first would abort the other
     dist.barrier()
     dist.destroy_process_group()
@@ -271,7 +264,7 @@ def reward(problem, completion):
 """
 
 
-def test_gradient_depends_on_the_number_of_ranks(grpo, tmp_path):
+def test_gradient_depends_on_the_number_of_ranks(grpo, ranks, tmp_path):
     """Ranks that average their own means weight a token by its rank's token count. Two
     gloo ranks have the gradient of one process on the same batch, also if one rank has
     nothing to train on, and the whole loop draws the same completions.
@@ -286,26 +279,14 @@ def test_gradient_depends_on_the_number_of_ranks(grpo, tmp_path):
     cases = [(ADVANTAGES.tolist(), {"normalization": name}) for name in NORMALIZATIONS]
     cases += [(dead_rank, {}), (ADVANTAGES.tolist(), {"kl_coef": 0.3})]
     cases += [(ADVANTAGES.tolist(), {"mask_truncated": True, "micro_batch_size": 3})]
-    train = dict(model=str(tmp_path / "model"), task=str(tmp_path / "task.py"), steps=2)
+    train = dict(model="model", task="task.py", steps=2)
     train |= dict(prompts_per_step=4, group_size=4, max_new_tokens=6, eval_prompts=3)
     train |= dict(eval_samples=2, learning_rate=1e-3)
     job = json.dumps({"cases": cases, "train": train})
-    command = [sys.executable, "-c", WORKER, tmp_path, Path(__file__).parent, job]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    (tmp_path / "worker.py").write_text(WORKER)
     for world in 1, 2:
-        env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        workers = [
-            subprocess.Popen([*map(str, command)], env=env | {"RANK": str(rank)})
-            for rank in range(world)
-        ]
-        try:
-            assert [worker.wait(100) for worker in workers] == [0] * world
-        finally:
-            for worker in workers:
-                worker.kill()
+        codes = ranks.run(world, "worker.py", job, cwd=tmp_path)
+        assert codes == [0] * world, (tmp_path / "out").read_text()
 
     one = torch.load(tmp_path / "gradient-0-of-1.pt")
     for rank in 0, 1:

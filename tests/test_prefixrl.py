@@ -8,13 +8,10 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -1346,13 +1343,11 @@ def test_cache_is_named_by_an_address(cli, tmp_path):
 WORKER = """
 import json, os, sys
 import torch.distributed as dist
-tests, flags = sys.argv[1:]
-sys.path.insert(0, tests)
 from conftest import cpu_args, load_script
 script = load_script("prefixrl")
 if script.WORLD_SIZE > 1:
     dist.init_process_group("gloo")
-script.train(cpu_args(script, **json.loads(flags)))
+script.train(cpu_args(script, **json.loads(sys.argv[1])))
 if script.WORLD_SIZE > 1:  # a rank that leaves first would abort the other
     dist.barrier()
     dist.destroy_process_group()
@@ -1360,7 +1355,7 @@ if script.WORLD_SIZE > 1:  # a rank that leaves first would abort the other
 """
 
 
-def test_ranks_search_or_count_alone(tmp_path, small_folder):
+def test_ranks_search_or_count_alone(ranks, tmp_path, small_folder):
     """Ranks that each search for themselves, or count only their own tokens, disagree
     about what is hard and what it cost: two gloo ranks find the traces, draw the
     batches and pay the FLOPs of one process, off-policy traces and imitation too."""
@@ -1369,29 +1364,15 @@ def test_ranks_search_or_count_alone(tmp_path, small_folder):
     flags |= dict(steps=2, eval_every=1, learning_rate=1e-3, sft_epochs=1)
     flags |= dict(candidates=7)
     off_policy = dict(off_policy=True, prefixes_per_problem=0)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    (tmp_path / "worker.py").write_text(WORKER)
     for name, changes in (("prefixed", {}), ("off-policy", off_policy)):
         runs = []
         for world in 1, 2:
             home = tmp_path / f"{name}-{world}"
             home.mkdir()
             job = json.dumps(flags | changes)
-            command = [sys.executable, "-c", WORKER, Path(__file__).parent, job]
-            env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            workers = [
-                subprocess.Popen(
-                    [*map(str, command)], env=env | {"RANK": str(rank)}, cwd=home
-                )
-                for rank in range(world)
-            ]
-            try:
-                assert [worker.wait(100) for worker in workers] == [0] * world
-            finally:
-                for worker in workers:
-                    worker.kill()
+            codes = ranks.run(world, tmp_path / "worker.py", job, cwd=home)
+            assert codes == [0] * world, (home / "out").read_text()
             runs.append(home / "run")
         one, two = ([(r["problem"], r["ids"]) for r in records(run)] for run in runs)
         assert one == two and any(ids for _, ids in one)

@@ -28,6 +28,7 @@ from conftest import (
     script_path,
     small_qwen3,
 )
+from ranks import Ranks
 from safetensors.torch import load_file
 
 MEASURED = ("seconds_", "tokens_per_second", "peak_memory_gb")
@@ -192,8 +193,6 @@ def test_second_run_overwrites_the_first(cli, tmp_path):
 
 
 CHILD = """
-import sys
-sys.path.insert(0, {tests!r})
 from conftest import load_script
 grpo = load_script("grpo")
 grpo.draw_curve = lambda run_dir: None  # slow: kills shall hit saves
@@ -204,34 +203,26 @@ grpo.main()
 class Server:
     """Starts command lines as processes of their own that one can kill."""
 
-    def __init__(self, folder: Path, model: str):
+    def __init__(self, folder: Path, model: str, ranks: Ranks):
         """In `folder`, with the model of the folder `model`."""
-        self.folder, self.model, self.process = folder, model, None
+        self.folder, self.model, self.ranks, self.child = folder, model, ranks, 0
         (folder / "task.py").write_text(PLUGIN)
-
-    @property
-    def child(self) -> int:
-        """The process id of the command line."""
-        return self.process.pid
+        (folder / "child.py").write_text(CHILD)
 
     def start(self, *flags: str) -> None:
-        """Start a command line."""
-        code = CHILD.format(tests=str(Path(__file__).parent))
-        command = [sys.executable, "-c", code, *map(str, flags)]
-        with (self.folder / "log").open("w") as log:
-            kwargs = dict(cwd=self.folder, stdout=log, stderr=log)
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            self.process = subprocess.Popen(command, env=environment, **kwargs)
+        """Start a command line; child is its process id."""
+        (self.folder / "out").unlink(missing_ok=True)
+        [self.child] = self.ranks.start(1, "child.py", *flags, cwd=self.folder)
 
     def wait(self) -> int:
         """Its exit code; minus the number of the signal that killed it."""
-        return self.process.wait(timeout=100)
+        return self.ranks.wait([self.child])[0]
 
     def until(self, condition) -> None:
         """Wait until the condition holds, at most a minute."""
         end = time.monotonic() + 60
         while not condition():
-            assert time.monotonic() < end, (self.folder / "log").read_text()
+            assert time.monotonic() < end, (self.folder / "out").read_text()
             time.sleep(0.01)
 
     def signal_when(self, path: Path, lines: int, number: int) -> int:
@@ -242,9 +233,9 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, small_folder):
+def server(tmp_path_factory, small_folder, ranks):
     """One server for the tests of this file."""
-    return Server(tmp_path_factory.mktemp("server"), small_folder)
+    return Server(tmp_path_factory.mktemp("server"), small_folder, ranks)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -254,7 +245,7 @@ def test_interrupt_loses_the_run(server, number):
     run_dir, whole = (server.folder / f"{x}-{number}" for x in ("run", "whole"))
     server.start(*flags(model=server.model, run_dir=run_dir.name, steps=10_000))
     assert server.signal_when(run_dir / "metrics.jsonl", 3, number) == 130
-    text = (server.folder / "log").read_text()
+    text = (server.folder / "out").read_text()
     assert f"--resume {run_dir.name}" in text and "Traceback" not in text
     done = state_of(run_dir)["step"]
     assert [line["step"] for line in logged(run_dir)] == [*range(done + 1)]
@@ -342,7 +333,7 @@ def kill_often(server: Server, kills: int, seed: int, report=lambda *_: None) ->
         time.sleep(rng.uniform(0.0, 0.6))
         os.kill(server.child, signal.SIGKILL)
         code = server.wait()
-        assert code == -signal.SIGKILL, (server.folder / "log").read_text()
+        assert code == -signal.SIGKILL, (server.folder / "out").read_text()
         names = sorted(path.name for path in run_dir.iterdir())
         found = last if last.exists() else old
         assert load_file(found / "model.safetensors")
@@ -353,7 +344,7 @@ def kill_often(server: Server, kills: int, seed: int, report=lambda *_: None) ->
         steps = 10_000 if i < kills - 1 else done + 2
         server.start("--resume", run_dir.name, "--steps", steps)
     code = server.wait()
-    assert code == 0, (server.folder / "log").read_text()
+    assert code == 0, (server.folder / "out").read_text()
     server.start(*flags(run_dir=whole.name, steps=done + 2, **common))
     assert server.wait() == 0
     check_same_run(run_dir, whole)
@@ -372,7 +363,7 @@ def main() -> None:
         small = save_model(
             Path(folder, "small"), small_qwen3(len(tokenizer)), tokenizer
         )
-        server = Server(Path(folder), small)
+        server = Server(Path(folder), small, Ranks())
         kill_often(server, int(sys.argv[1]), int(time.time()), report=print)
     print(f"{script_path('grpo')}: equal to the run that was never killed")
 

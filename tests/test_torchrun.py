@@ -206,8 +206,7 @@ def test_each_rank_has_its_own_problems(script, run, home):
 
 
 WHERE = """
-import os, sys, time
-sys.path.insert(0, {tests!r})
+import os, time
 from conftest import load_script
 time.strftime = lambda *_: "second " + os.environ["RANK"]
 script = load_script({name!r})
@@ -220,8 +219,7 @@ script.main()
 def test_ranks_that_start_in_two_seconds_have_two_folders(name, run, tmp_path):
     """Without --run-dir the time names the folder. Ranks that each read their own clock
     look for logs where no other has written them: all take the first one's name."""
-    where = WHERE.format(tests=str(Path(__file__).parent), name=name)
-    (tmp_path / "where.py").write_text(where)
+    (tmp_path / "where.py").write_text(WHERE.format(name=name))
     run(tmp_path / "where", 2, tmp_path, device="cpu")
     said = (tmp_path / "out").read_text()  # in which two lines may be mixed
     assert said.count(f"runs/{name}/second 0-s1") == 2 and "second 1" not in said
@@ -229,7 +227,6 @@ def test_ranks_that_start_in_two_seconds_have_two_folders(name, run, tmp_path):
 
 PATCHED = """
 import os, sys
-sys.path.insert(0, {tests!r})
 from conftest import load_script
 rank, script = os.environ["RANK"], load_script({name!r})
 {lines}
@@ -239,8 +236,7 @@ script.main()
 
 def patched(home: Path, name: str, lines: str) -> Path:
     """A program, named without .py, that runs some lines before the script's main."""
-    text = PATCHED.format(tests=str(Path(__file__).parent), name=name, lines=lines)
-    (home / "patched.py").write_text(text)
+    (home / "patched.py").write_text(PATCHED.format(name=name, lines=lines))
     return home / "patched"
 
 

@@ -7,11 +7,8 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -784,9 +781,7 @@ def test_offline_default_does_not_start(vopd, cli, tmp_path, monkeypatch):
 
 
 RANKS = """
-import os, sys
-sys.path.insert(0, {tests!r})
-import torch
+import os, torch
 import torch.distributed as dist
 from conftest import Recorder, cpu_args, load_script, random_rollout, small_qwen3
 vopd = load_script("vopd")
@@ -801,7 +796,7 @@ model = small_qwen3(20).double()
 optimizer = Recorder(model)
 args = cpu_args(vopd, mask_truncated=True, micro_batch_size=3)
 stats = vopd.update(model, small_qwen3(20, seed=1).double(), optimizer, rollout, args)
-file = f"{folder}/{{vopd.RANK}}-of-{{vopd.WORLD_SIZE}}.pt"
+file = f"{vopd.RANK}-of-{vopd.WORLD_SIZE}.pt"
 names = "loss", "reverse_kl", "delta_logp_mean", "delta_logp_max"
 torch.save((optimizer.seen[0], *(stats[name] for name in names)), file)
 if vopd.WORLD_SIZE > 1:
@@ -811,26 +806,14 @@ if vopd.WORLD_SIZE > 1:
 """
 
 
-def test_ranks_divide_by_their_own_tokens(tmp_path):
+def test_ranks_divide_by_their_own_tokens(ranks, tmp_path):
     """Each rank's mean, averaged, weighs a token by the length of what its rank drew:
     two ranks with different numbers of tokens have the gradient, loss, KL and gaps of
     one process. https://github.com/verl-project/verl/issues/5625"""
-    code = RANKS.format(tests=str(Path(__file__).parent), folder=tmp_path)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", code]
-    ranks = [
-        subprocess.Popen(command, env=env | {"RANK": str(rank)}) for rank in range(2)
-    ]
-    exec(code, {})  # in this process: the only rank
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    (tmp_path / "worker.py").write_text(RANKS)
+    for world in 1, 2:
+        codes = ranks.run(world, "worker.py", cwd=tmp_path)
+        assert codes == [0] * world, (tmp_path / "out").read_text()
     names = "0-of-1", "0-of-2", "1-of-2"
     one, *two = (torch.load(tmp_path / f"{name}.pt") for name in names)
     for gradient, *numbers in two:
