@@ -87,6 +87,7 @@ def become(rank: int, port: int, world: int, command: list[str], cwd: str, env: 
     for stream in 1, 2:
         os.dup2(os.open("out", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.argv = command
+    sys.path.insert(0, os.path.dirname(os.path.abspath(command[0])))
     runpy.run_path(command[0], run_name="__main__")
     sys.exit()
 

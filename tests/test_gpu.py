@@ -28,17 +28,18 @@ QUICK = "rollout", "generate", "exact", "memory", "cartpole", "base-model", "cou
 QUICK += "env_speed", "decode", "estimator_cost", "compilation"
 
 
-def run(out: Path, *flags, **env) -> tuple[subprocess.CompletedProcess, dict]:
-    """The finished command line and what it left."""
-    command = [sys.executable, ROOT / "benchmarks/gpu.py", "--smoke", "--out", out]
-    done = subprocess.run(
-        [*map(str, command), *map(str, flags)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    return done, json.loads((out / "gpu-smoke.json").read_text())
+@pytest.fixture
+def run(ranks, tmp_path):
+    """run(*flags): the command line's exit code, what it left and what it said."""
+
+    def call(*flags, **env) -> tuple[int, dict, str]:
+        words = "--smoke", "--out", tmp_path, *flags
+        pids = ranks.start(1, ROOT / "benchmarks/gpu.py", *words, cwd=tmp_path, **env)
+        [code] = ranks.wait(pids, seconds=500)
+        result = json.loads((tmp_path / "gpu-smoke.json").read_text())
+        return code, result, (tmp_path / "out").read_text()
+
+    return call
 
 
 def numbers(found: dict, path: str = ""):
@@ -50,17 +51,17 @@ def numbers(found: dict, path: str = ""):
             yield f"{path}/{key}", value
 
 
-def test_a_part_that_only_a_gpu_can_break(tmp_path):
+def test_a_part_that_only_a_gpu_can_break(run):
     """A benchmark that is run for the first time on a borrowed machine fails there on a
     misspelt name. Each part runs in small on the CPU; each speed, time and size is one
     that was measured: finite, not 0, and not the same twice."""
     names = [*QUICK, *(f"step-{name}-0.6B" for name in STEPS), "step-vopd-1.7B"]
     names.append("flags-16gb")  # test_lora.py has those with an adapter
     assert set(names) < set(gpu.PARTS)
-    done, result = run(tmp_path, "--parts", *names)
+    code, result, _ = run("--parts", *names)
     errors = {name: row["error"] for name, row in result["parts"].items()}
     assert errors == dict.fromkeys(names)
-    assert done.returncode == 0 and result["smoke"]
+    assert code == 0 and result["smoke"]
     parts = {name: row["found"] for name, row in result["parts"].items()}
     speeds = []
     for name, row in result["parts"].items():
@@ -85,7 +86,7 @@ def test_a_part_that_only_a_gpu_can_break(tmp_path):
     assert large > 2 * small
 
 
-def test_one_part_takes_the_others_with_it(tmp_path):
+def test_one_part_takes_the_others_with_it(run, tmp_path):
     """Eight minutes on a GPU are lost if the first error, a CUDA fault or a part that
     hangs ends the command. Each leaves its line, what it had started ends with it, the
     others run, and the exit code says that not all went well."""
@@ -101,11 +102,11 @@ def test_one_part_takes_the_others_with_it(tmp_path):
         file.write_text(text)
     parts = [f"step-{name}-0.6B" for name in STEPS]
     env = dict(ONEFILE_ALGOS=str(algos))
-    done, result = run(tmp_path, "--parts", *parts, "--seconds", "40", **env)
+    code, result, _ = run("--parts", *parts, "--seconds", "25", **env)
     errors = [row["error"] for row in result["parts"].values()]
     assert errors[0] == "ValueError: the judge is down"
     assert "exit code -9" in errors[1] and errors[2] is None
-    assert "not done after" in errors[3] and done.returncode == 1
+    assert "not done after" in errors[3] and code == 1
     assert result["parts"][parts[2]]["found"]["seconds_update"] > 0
     processes = Path("/proc").glob("[0-9]*/cmdline")
     assert not any("sleep\x00977" in file.read_text() for file in processes)
@@ -148,29 +149,29 @@ def test_time_of_a_part_is_taken_beside_another(monkeypatch):
         os.kill(spans["long"]["pid"], 0)
 
 
-def test_part_that_is_run_again_erases_the_others(tmp_path):
+def test_part_that_is_run_again_erases_the_others(run, tmp_path):
     """A second command for what found no time would write a file of that part alone if
     the code had been edited since: it ends in one line instead."""
     file = tmp_path / "gpu-smoke.json"
-    assert run(tmp_path, "--parts", "base-model")[0].returncode == 0
+    assert run("--parts", "base-model")[0] == 0
     before = json.loads(file.read_text())
     assert {*before["parts"]} == {"base-model"}
     file.write_text(json.dumps(before | {"code": {}}))
-    done, result = run(tmp_path, "--parts", "decode")
-    assert done.returncode and "is of another machine, other code" in done.stderr
+    code, result, said = run("--parts", "decode")
+    assert code and "is of another machine, other code" in said
     assert result == before | {"code": {}}
     file.write_text(json.dumps(before))
-    done, result = run(tmp_path, "--parts", "decode")
-    assert done.returncode == 0 and {*result["parts"]} == {"base-model", "decode"}
+    code, result, _ = run("--parts", "decode")
+    assert code == 0 and {*result["parts"]} == {"base-model", "decode"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_numbers_of_a_cpu_called_a_gpus(tmp_path):
+def test_numbers_of_a_cpu_called_a_gpus(ranks, tmp_path):
     """Without a GPU and without --smoke there is one line and no file."""
-    command = [sys.executable, ROOT / "benchmarks/gpu.py", "--out", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode and not [*tmp_path.iterdir()]
-    assert done.stderr.startswith("error: there is no GPU")
+    words = ROOT / "benchmarks/gpu.py", "--out", tmp_path / "results"
+    assert ranks.run(1, *words, cwd=tmp_path) == [1]
+    assert not [*(tmp_path / "results").iterdir()]
+    assert (tmp_path / "out").read_text().startswith("error: there is no GPU")
 
 
 FLAGS = """

@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -463,14 +462,14 @@ def test_adapter_of_embeddings_or_head_is_half_switched(more, folder, tmp_path, 
     assert "more than LoRA" in result.errors[0] and not Path("run").exists()
 
 
-def test_flags_for_a_small_gpu_train_all_weights(tmp_path):
+def test_flags_for_a_small_gpu_train_all_weights(ranks, tmp_path):
     """What README recommends for 8 GB is measured with its adapters, which stand beside
     the weights, and has a gradient."""
-    command = [sys.executable, ROOT / "benchmarks/gpu.py", "--smoke", "--out", tmp_path]
-    command += ["--parts", "flags-8gb", "step-grpo-0.6B"]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    words = ROOT / "benchmarks/gpu.py", "--smoke", "--out", tmp_path
+    words = *words, "--parts", "flags-8gb", "step-grpo-0.6B"
+    code = ranks.run(1, *words, cwd=tmp_path)
     parts = json.loads((tmp_path / "gpu-smoke.json").read_text())["parts"]
-    assert done.returncode == 0, [row["error"] for row in parts.values()]
+    assert code == [0], [row["error"] for row in parts.values()]
     small, whole = (row["found"] for row in parts.values())
     assert "--lora-rank 32" in small["flags"] and small["stats"]["grad_norm"] > 0
     assert small["parameters"] > whole["parameters"]
