@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -261,3 +262,10 @@ def cli(grpo, small_folder, tmp_path, monkeypatch, capsys):
         return Finished(code, *capsys.readouterr())
 
     return run
+
+
+def pytest_collection_finish() -> None:
+    """Hide what is there by now from the garbage collector: it would look at hundreds
+    of thousands of objects of torch and transformers each time."""
+    gc.collect()
+    gc.freeze()
