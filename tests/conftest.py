@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import json
@@ -9,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -262,6 +263,55 @@ def cli(grpo, small_folder, tmp_path, monkeypatch, capsys):
         return Finished(code, *capsys.readouterr())
 
     return run
+
+
+@functools.cache
+def watchers() -> list[Callable]:
+    """Functions that are called before each operation on files, while they are in this
+    list. The hook stays for good, so it is set only where it is needed."""
+    active = []
+
+    def look(event: str, _) -> None:
+        if event == "open" or event.startswith(("os.", "shutil.")):
+            calls, active[:] = [*active], []  # what they do themselves does not count
+            for call in calls:
+                call()
+            active.extend(calls)
+
+    sys.addaudithook(look)
+    return active
+
+
+@pytest.fixture
+def saves(monkeypatch):
+    """saves(script, run_dir) watches a script's saves from here on: before each
+    operation on files one checkpoint is whole, the one before the save or the one after
+    it. Returns a list of the numbers of operations, to which each save adds one."""
+
+    def watch(script: ModuleType, run_dir: Path) -> list[int]:
+        save, counts = script.save_checkpoint, []
+
+        def found() -> frozenset | None:
+            for name in "checkpoint", "checkpoint.old":
+                if (run_dir / name).exists():
+                    files = (run_dir / name).iterdir()
+                    return frozenset((x.name, x.read_bytes()) for x in files)
+            return None
+
+        def watched(*inputs) -> None:
+            seen, before = [], found()
+            watchers().append(lambda: seen.append(found()))
+            try:
+                save(*inputs)
+            finally:
+                watchers().clear()
+            assert found() not in (None, before) and {*seen} <= {before, found()}
+            counts.append(len(seen))
+
+        monkeypatch.setattr(script, "save_checkpoint", watched)
+        return counts
+
+    return watch
 
 
 def pytest_collection_finish() -> None:

@@ -1019,6 +1019,14 @@ def test_resume_is_off_by_one(ppo, run, tmp_path, flags):
     assert "args" in json.loads((tmp_path / "whole/args.json").read_text())
 
 
+def test_save_is_in_halves_for_a_moment(ppo, run, saves, tmp_path):
+    """A kill hits any moment of a save: before each of its operations on files a whole
+    checkpoint is there, the last one or the new one."""
+    counts = saves(ppo, tmp_path / "run")
+    run("--steps", 2, "--save-every", 1, "--run-dir", "run")
+    assert len(counts) == 3 and min(counts) > 5
+
+
 def test_learns_from_other_data_than_was_acted(ppo, run, monkeypatch):
     """What train gives to learn: advantages that are those of the batch's own fields,
     by their definition, and log-probs and values that are those of the agent as it is

@@ -152,6 +152,14 @@ def test_log_longer_than_the_checkpoint_counts_steps_twice(cli, halves):
     check_same_run(half, whole)
 
 
+def test_save_is_in_halves_for_a_moment(cli, grpo, saves, tmp_path):
+    """A kill hits any moment of a save, few of them in a hundred tries: before each of
+    its operations on files a whole checkpoint is there, the last one or the new one."""
+    counts = saves(grpo, tmp_path / "run")
+    assert cli(*flags(run_dir="run", steps=2, save_every=1)).code == 0
+    assert len(counts) == 3 and min(counts) > 10
+
+
 KILLED = ["while writing", "before the renames", "between the renames", "after both"]
 
 
