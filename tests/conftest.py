@@ -286,10 +286,13 @@ def watchers() -> list[Callable]:
 def saves(monkeypatch):
     """saves(script, run_dir) watches a script's saves from here on: before each
     operation on files one checkpoint is whole, the one before the save or the one after
-    it. Returns a list of the numbers of operations, to which each save adds one."""
+    it, and all of it is on the disk before it has its name. Returns a list of the
+    numbers of operations, to which each save adds one."""
 
     def watch(script: ModuleType, run_dir: Path) -> list[int]:
-        save, counts = script.save_checkpoint, []
+        save, counts, synced = script.save_checkpoint, [], set()
+        sync = lambda file: synced.add(os.readlink(f"/proc/self/fd/{file}"))
+        monkeypatch.setattr(os, "fsync", sync)
 
         def found() -> frozenset | None:
             for name in "checkpoint", "checkpoint.old":
@@ -300,12 +303,15 @@ def saves(monkeypatch):
 
         def watched(*inputs) -> None:
             seen, before = [], found()
+            synced.clear()
             watchers().append(lambda: seen.append(found()))
             try:
                 save(*inputs)
             finally:
                 watchers().clear()
             assert found() not in (None, before) and {*seen} <= {before, found()}
+            new = run_dir / "checkpoint.new"
+            assert synced >= {str(new), *(str(new / name) for name, _ in found())}
             counts.append(len(seen))
 
         monkeypatch.setattr(script, "save_checkpoint", watched)

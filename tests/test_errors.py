@@ -910,6 +910,36 @@ def test_optimiser_of_another_version_is_a_traceback(name, train, tmp_path):
     assert code == 2 and "state.pt cannot be resumed" in errors
 
 
+class Payload:
+    """An object of a pickle that runs code when it is read."""
+
+    def __reduce__(self):
+        return os.mkdir, ("taken over",)
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "ppo_envs"])
+def test_checkpoint_of_a_stranger_runs_code(name, tmp_path, monkeypatch, capsys):
+    """state.pt is a pickle: one from elsewhere could run anything at --resume. Only
+    tensors and numbers are read, in each of the two places."""
+    script = load_script(name)
+    monkeypatch.chdir(tmp_path)
+    Path("run/checkpoint").mkdir(parents=True)
+    Path("run/args.json").write_text(json.dumps({"args": vars(script.Args())}))
+    torch.save({"step": 1, "optimizer": Payload()}, "run/checkpoint/state.pt")
+    monkeypatch.setattr(sys, "argv", [name, "--resume", "run", "--steps", "9"])
+    with pytest.raises(SystemExit, match="2"):
+        script.parse_args()
+    if name != "ppo_envs":
+        args = cpu_args(script, resume="run")
+        with pytest.raises(SystemExit, match="2"):
+            script.make_optimizer(small_qwen3(20), args)
+    said = capsys.readouterr().err
+    assert said.count("error: ") == said.count("UnpicklingError") >= 1
+    assert not Path("taken over").exists()
+    torch.load("run/checkpoint/state.pt", weights_only=False)
+    assert Path("taken over").exists()
+
+
 def test_stray_file_becomes_part_of_a_checkpoint(grpo, small_folder, tmp_path):
     """What a killed save left in checkpoint.new must not come into the next one: an
     adapter's config there makes another model of it."""
