@@ -910,6 +910,20 @@ def test_optimiser_of_another_version_is_a_traceback(name, train, tmp_path):
     assert code == 2 and "state.pt cannot be resumed" in errors
 
 
+def test_prompt_has_a_token_that_the_model_has_not(grpo, capsys):
+    """A tokenizer with more tokens than the embedding has rows: an index error in the
+    middle of a rollout, on a GPU an error of some later kernel. The last row is one."""
+    tokenizer = char_tokenizer()
+    problems = [grpo.Problem("ab", None), grpo.Problem("a~", None)]
+    last = tokenizer("~")["input_ids"][0]
+    ids = grpo.encode_prompts(tokenizer, problems, 50, last + 1)
+    assert ids[1][-1] == last > ids[0][-1]
+    with pytest.raises(SystemExit, match="2"):
+        grpo.encode_prompts(tokenizer, problems, 50, last)
+    said = capsys.readouterr().err
+    assert said.startswith("error: prompt 1 ('a~')") and f"token {last}" in said
+
+
 class Payload:
     """An object of a pickle that runs code when it is read."""
 

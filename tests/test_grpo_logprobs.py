@@ -118,6 +118,39 @@ def test_rollouts_under_the_checkpoints_generation_config(grpo, tmp_path):
         assert torch.allclose(scored, rollout.logprobs[:500], atol=1e-5)
 
 
+def draw(grpo, logits: torch.Tensor, noise: list[float]) -> tuple:
+    """The tokens that decode draws from logits (V,), one for each number, and their
+    log-probs."""
+    model, ids = small_qwen3(40), torch.tensor([[5, 6, 7]])
+    model.lm_head.register_forward_hook(lambda *_: logits.expand(1, 1, -1))
+    noise = torch.tensor(noise, dtype=torch.float64)[:, None]
+    inputs = ids, torch.ones_like(ids), noise, 1.0, torch.tensor([1])
+    return tuple(x[:, 0] for x in grpo.decode(model, *inputs))
+
+
+def test_token_without_probability_is_drawn(grpo):
+    """The inverse CDF is off at an end: a number of 0 takes the first token, or one of
+    nearly 1 the last, or none, though neither can follow. (1.0 is what nearly 1 becomes
+    where there is no float64.)"""
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(50, generator=generator)
+        logits[[0, 1, -2, -1]] = -1e4
+        tokens, logprobs = draw(grpo, logits, [0.0, 2**-60, 0.5, 1 - 2**-53])
+        assert ((tokens > 1) & (tokens < 48)).all(), tokens
+        assert (logprobs > -20).all()
+        assert draw(grpo, logits, [1.0])[0] < 50
+
+
+def test_sum_of_a_large_vocabulary_is_rounded(grpo):
+    """The CDF of 200,000 equal tokens, added up in float32, is off by hundreds of
+    tokens: some are never drawn."""
+    noise = torch.rand(64, generator=torch.Generator().manual_seed(0)).tolist()
+    tokens, _ = draw(grpo, torch.zeros(200_000), noise)
+    for token, number in zip(tokens.tolist(), noise):
+        assert abs(token - number * 200_000) < 2
+
+
 def test_temperature_missing_from_the_logprobs(grpo, monkeypatch):
     """Sampled at temperature 0.7 and scored at 1, the ratio is far from 1 before
     anything was learned. Sampled and scored log-probs agree, both with logits / 0.7; at

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -226,6 +227,21 @@ def test_wandb_does_not_say_which_run_it_is(cli, grpo, tmp_path, monkeypatch):
     saved = json.loads((tmp_path / "run/args.json").read_text())["args"]
     assert seen["config"] == saved and saved["seed"] == 7
     assert (seen["name"], seen["dir"], seen["project"]) == ("run", "run", "p")
+
+
+def test_wandb_asks_for_a_key(cli, tmp_path, monkeypatch):
+    """Without a key wandb asks for one at the terminal, and waits: such a run is
+    recorded offline, with a key online, and the user's WANDB_MODE counts more."""
+    modes, note = {}, lambda name, mode, **_: modes.update({name: mode})
+    monkeypatch.setattr(wandb, "init", note)
+    monkeypatch.setattr(wandb, "log", lambda *_, **__: None)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for mode, key in ("offline", None), ("online", "a key"), ("disabled", "a key"):
+        monkeypatch.setattr(wandb, "api", SimpleNamespace(api_key=key))
+        if mode == "disabled":
+            monkeypatch.setenv("WANDB_MODE", mode)
+        assert cli("--track", "--steps", 1, "--run-dir", mode).code == 0
+        assert modes.pop(mode) == mode
 
 
 @pytest.mark.parametrize("where", ["init", "log"])
