@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -908,6 +909,24 @@ def test_optimiser_of_another_version_is_a_traceback(name, train, tmp_path):
     torch.save(state, file)
     code, errors = train(name, PLUGIN, "--resume", "run", "--steps", "2")
     assert code == 2 and "state.pt cannot be resumed" in errors
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "ppo_envs"])
+def test_ctrl_c_before_the_first_step_is_a_traceback(
+    name, tmp_path, monkeypatch, capsys
+):
+    """A Ctrl-C while the model is loaded or made leaves nothing to save: the run ends
+    with a shell's 130, without a page of frames."""
+    script = load_script(name)
+    interrupt = mock.Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "train", interrupt)
+    monkeypatch.setattr(script, "outlive_pipes", lambda: None)  # it changes pytest's
+    monkeypatch.setattr(sys, "argv", [name, "--device", "cpu"])
+    with pytest.raises((SystemExit, KeyboardInterrupt), match="130"):
+        script.main()
+    assert interrupt.called and capsys.readouterr().err == ""
+    assert not [*tmp_path.iterdir()]
 
 
 def test_prompt_has_a_token_that_the_model_has_not(grpo, capsys):
