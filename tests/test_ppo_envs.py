@@ -368,6 +368,7 @@ def test_step_is_not_that_of_clipped_adam(ppo, float64, max_norm):
     obs, actions, old = (rows(batch[x]) for x in ("obs", "actions", "logprobs"))
     obs = ((obs.double() - agent.mean) / (agent.var + 1e-8).sqrt()).clamp(-10, 10)
     assert (obs.abs() == 10).any() and (obs.abs() < 10).any(0)[[0, 2, 3, 4, 5]].all()
+    agent.last.fill_(1.0)  # what an earlier batch has left
     torch.manual_seed(1)
     stats, norms = ppo.learn(agent, batch, args), []
     found, noise = [], torch.zeros(2)
@@ -627,6 +628,14 @@ def test_second_episode_is_evaluated(ppo):
     found = ppo.evaluate(agent, env, args_of(ppo))
     assert found["eval/episode_return"] == pytest.approx((1 + 3 + 6) / 3)
     assert found["eval/episode_length"] == 2
+
+
+def test_evaluation_has_its_own_luck(ppo):
+    """Evaluations that draw other starts each time differ though nothing was learnt."""
+    agent, _, args = learner(ppo, env="pendulum")
+    env = ppo.make_env(args, 4)
+    assert not torch.equal(env.reset(), env.reset())
+    assert ppo.evaluate(agent, env, args) == ppo.evaluate(agent, env, args)
 
 
 def test_length_is_logged_as_return(ppo):
