@@ -51,7 +51,8 @@ The first, with nothing to download, learns chains of nine moves, all of one ski
 a model that gets a move right one time in four and a whole chain never. Its traces come
 from a better model (--trace-model careful); their FLOPs are counted, those of making
 the two models are not. What is learned behind a prefix helps before it only if the
-steps have a skill in common, as here.
+steps have a skill in common, as here; and here it is not ahead of imitation of the
+same traces, then RL (README.md).
 """
 
 from __future__ import annotations
