@@ -255,6 +255,14 @@ PLUGINS = {
     ),
     "half a character": (PLUGIN.replace("{split} {i}", "\\ud800{i}"), "surrogates"),
     "reward of a list": (PLUGIN.replace("return sum", "return [1.0] or sum"), "reward"),
+    "reward of an array": (
+        "import numpy\n" + PLUGIN.replace("return sum", "return numpy.ones(1) or sum"),
+        "is not a finite number",
+    ),
+    "reward beyond float32": (
+        PLUGIN.replace("return sum", "return 1e39 or sum"),
+        "is not a finite number",
+    ),
     "reward of one argument": (PLUGIN.replace("problem, comp", "comp"), "argument"),
 }
 
