@@ -24,6 +24,7 @@ from conftest import (
     cpu_args,
     load_script,
     metrics_of,
+    random_rollout,
     run_script,
     save_model,
     script_path,
@@ -227,6 +228,21 @@ def test_wandb_does_not_say_which_run_it_is(cli, grpo, tmp_path, monkeypatch):
     saved = json.loads((tmp_path / "run/args.json").read_text())["args"]
     assert seen["config"] == saved and saved["seed"] == 7
     assert (seen["name"], seen["dir"], seen["project"]) == ("run", "run", "p")
+
+
+@pytest.mark.parametrize("name", ["grpo", "vopd", "dmpo", "prefixrl"])
+def test_speed_is_that_of_one_rank(name, monkeypatch):
+    """Tokens per second are those of all ranks, whose completions are 4 tokens long on
+    average here; the times are this rank's."""
+    script = load_script(name)
+    rollout = random_rollout(script, 20, [3] * 4, [2, 6, 5, 3])
+    monkeypatch.setattr(script, "all_reduce", lambda x, *_: x * script.WORLD_SIZE)
+    for ranks in 1, 3:
+        monkeypatch.setattr(script, "WORLD_SIZE", ranks)
+        found = script.describe(rollout, [1.0, 2.0, 2.5, 5.0], cpu_args(script))
+        assert found["tokens_per_second"] == pytest.approx(ranks * 16 / 4)
+        assert found["completion_length"] == 4
+        assert (found["seconds_rollout"], found["seconds_update"]) == (1.0, 2.5)
 
 
 def test_wandb_asks_for_a_key(cli, tmp_path, monkeypatch):
