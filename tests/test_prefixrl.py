@@ -942,8 +942,8 @@ def test_imitation_is_not_maximum_likelihood(script, monkeypatch):
     and prompts not: the first step's against float64 autograd. The KL term and the
     updates per batch are RL's; the learning rate is the run's, without decay."""
     network, double = small_qwen3(30), small_qwen3(30).double()
-    prompts = [[5, 6, 7], [8, 9]]
-    traces = {0: [10, 11, 1], 1: [12, 13, 14, 15, 1]}
+    prompts = [[0, 6, 7], [8, 9]]  # 0 is a token like any other: "!" in GPT-2
+    traces = {0: [10, 0, 1], 1: [12, 13, 14, 15, 1]}
     hard = [exercise(script, ids, prompts[i]) for i, ids in traces.items()]
     hard.append(exercise(script, prompt=[4]))  # no trace
     args = cpu_args(script, prompts_per_step=2, sft_epochs=1, learning_rate=3e-4)
