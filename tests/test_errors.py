@@ -174,16 +174,17 @@ def test_data_too_short_for_a_batch_loops_for_ever(refused, tmp_path):
 
 def test_rank_has_nothing_to_evaluate(grpo, tmp_path, monkeypatch, capsys):
     """A tenth of ten lines is one problem: a second rank has none to evaluate, and
-    fails long after the start. Eleven lines are enough."""
+    fails long after the start. Eleven lines are enough, although they leave just one
+    batch to train on."""
     monkeypatch.setattr(grpo, "WORLD_SIZE", 2)
-    args = cpu_args(grpo, data=str(tmp_path / "data.jsonl"), prompts_per_step=2)
+    args = cpu_args(grpo, data=str(tmp_path / "data.jsonl"), prompts_per_step=9)
     lines = [json.dumps(LINE | {"prompt": f"{i}+1="}) + "\n" for i in range(11)]
     Path(args.data).write_text("".join(lines[:10]))
     with pytest.raises(SystemExit, match="2"):
         grpo.load_task(args)
     assert "and 1 to evaluate" in capsys.readouterr().err
     Path(args.data).write_text("".join(lines))
-    assert len(grpo.load_task(args)[1]) == 2
+    assert [len(problems) for problems in grpo.load_task(args)[:2]] == [9, 2]
 
 
 def test_flag_without_effect_is_accepted(refused, tmp_path):
