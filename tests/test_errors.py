@@ -1044,6 +1044,25 @@ def test_hub_without_network_hangs(refused, monkeypatch):
     assert time.perf_counter() - start + sum(waited) < 60
 
 
+def test_hub_name_is_taken_for_a_path(cli, small_folder, tmp_path):
+    """A hub name loads the model of that name, here one downloaded before: in a process
+    of its own, since the hub's library reads its environment when it is imported."""
+    model = tmp_path / "hub/models--our--small"
+    shutil.copytree(small_folder, model / f"snapshots/{'0' * 40}")
+    (model / "refs").mkdir()
+    (model / "refs/main").write_text("0" * 40)
+    flags = "--task task.py --device cpu --steps 1 --prompts-per-step 2 --group-size 4"
+    flags += " --max-new-tokens 4 --eval-prompts 2 --eval-samples 2 --kl-coef 0.1"
+    cli(*flags.split(), "--run-dir", "local")  # the KL's reference is loaded by name
+    flags += " --run-dir hub/run --model our/small"
+    env = dict(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    done = run_script(script_path("grpo"), *flags.split(), cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    own, same = (metrics_of(tmp_path / name) for name in ("hub/run", "local"))
+    assert own[0] == same[0] and own[1]["reward_mean"] == same[1]["reward_mean"]
+    assert own[1]["kl"] == 0
+
+
 def test_peft_is_missing_and_the_run_begins(refused, monkeypatch):
     """Only --lora-rank needs peft. Without it the line says how to get it, and no run
     folder is left."""
