@@ -1060,7 +1060,7 @@ def test_hub_name_is_taken_for_a_path(cli, small_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     own, same = (metrics_of(tmp_path / name) for name in ("hub/run", "local"))
     assert own[0] == same[0] and own[1]["reward_mean"] == same[1]["reward_mean"]
-    assert own[1]["kl"] == 0
+    assert own[1]["kl"] < 1e-9
 
 
 def test_peft_is_missing_and_the_run_begins(refused, monkeypatch):
