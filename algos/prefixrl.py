@@ -1111,8 +1111,7 @@ def find_traces(
     kept chunk by chunk, so that a killed search continues where it was."""
     known = [{}]  # place among the candidates: (ids, log-prob)
     if args.traces and RANK == 0:  # alone: no two ranks may judge differently
-        longest = context_length(model) - args.max_new_tokens
-        known = [read_traces(tokenizer, candidates, reward, longest, args)]
+        known = [read_traces(model, tokenizer, candidates, reward, args)]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(known)
     traces = known[0]
@@ -1161,21 +1160,28 @@ def find_traces(
     return records, spent | {"hard_problems": len(hard), "without_trace": none}
 
 
-def read_traces(tokenizer, candidates, reward, longest: int, args: Args) -> dict:
+def read_traces(model, tokenizer, candidates, reward, args: Args) -> dict:
     """The traces of --traces, {place among the candidates: (ids, log-prob)}, each
     verified: "ids" are used as they are, a "text" is tokenised once. A bad line is
     reported, and skipped or, with --strict-traces, the end; a reward that fails is
     always the end."""
+    longest = context_length(model) - args.max_new_tokens
+    rows = len(model.get_input_embeddings().weight)
+    known, stops = range(min(len(tokenizer), rows)), stop_ids(model, tokenizer)
+    key = functools.partial(json.dumps, sort_keys=True)
+    places = {key(x.problem.prompt): i for i, x in enumerate(candidates)}
     traces = {}
-    places = {str(x.problem.prompt): i for i, x in enumerate(candidates)}
     with blame(f"cannot read {args.traces}"):
-        lines = list(Path(args.traces).open(encoding="utf-8"))
+        lines = list(Path(args.traces).open(encoding="utf-8-sig"))
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             item = json.loads(line)
-            if item.get("ids", "") is None:
+            ids = item.get("ids")
+            if ids is None and item.get("text", "") is None:
                 continue  # a run's own list says that there is none
-            i, ids = places.get(str(item["prompt"])), item.get("ids")
+            i = places.get(key(item["prompt"]))
             if i is None:
                 raise ValueError("its problem is not among the candidates")
             if i in traces:
@@ -1183,16 +1189,18 @@ def read_traces(tokenizer, candidates, reward, longest: int, args: Args) -> dict
             if ids is None:
                 ids = tokenizer(item["text"], add_special_tokens=False)["input_ids"]
                 ids.append(tokenizer.eos_token_id)
-            known = range(len(tokenizer))
             if not ids or not all(type(x) is int and x in known for x in ids):
                 raise ValueError("its ids are no ids of this tokenizer")
+            own = without_stop(ids, stops)
+            if {*stops} & {*own} or own[-1:] == [tokenizer.pad_token_id]:
+                raise ValueError("it has padding or a stop token before its end")
             if len(candidates[i].prompt) + len(ids) > longest:
                 raise ValueError("it does not fit into the context")
             text = tokenizer.decode(ids, skip_special_tokens=True)
             if score(reward, [candidates[i].problem], [text]) < 1:
                 raise ValueError("its answer is wrong")
             logprob = item.get("logprob")
-            usable = type(logprob) in (int, float) and -math.inf < logprob <= 0
+            usable = type(logprob) in (int, float) and -math.inf < float(logprob) <= 0
             if args.off_policy and not usable:  # nan is not either
                 raise ValueError("--off-policy needs its logprob, a number up to 0")
             traces[i] = ids, logprob
@@ -1232,7 +1240,8 @@ def cut_prefix(trace: list[int], low: float, high: float, rng) -> list[int]:
 
 def cut_prefixes(hard: list[Exercise], stops: list[int], args: Args) -> list[Exercise]:
     """Phase 2: the prefixed problems, --prefixes-per-problem of each trace, a function
-    of the seed. A problem without a trace, or with one too short to cut, has none."""
+    of the seed. One of no tokens is none: of a problem without a trace, or where h is
+    0."""
     prefixed = []
     for i, exercise in enumerate(hard):
         rng = random.Random(f"{args.seed} prefix {i}")
@@ -1315,11 +1324,12 @@ def rollout_of(batch: list[Exercise], rows: list[list[int]], args: Args) -> Roll
 
 
 def imitate(model, hard: list[Exercise], args: Args) -> int:
-    """--sft-epochs over the traces, in place: `update` with the advantage 1 is maximum
-    likelihood. Returns the FLOPs."""
+    """--sft-epochs over the traces, in place, up to a whole number of batches: `update`
+    with the advantage 1 is maximum likelihood. Returns the FLOPs."""
     how = dict(lr=args.learning_rate, weight_decay=0.0, fused=True)
     optimizer = torch.optim.AdamW(model.parameters(), **how)
-    pool, n, tokens = [x for x in hard if x.trace], args.prompts_per_step, 0
+    pool, tokens = [x for x in hard if x.trace], 0
+    n = min(args.prompts_per_step, max(len(pool), WORLD_SIZE))  # some for each rank
     args = dataclasses.replace(args, updates_per_batch=1, group_size=1)
     for step in range(1, math.ceil(args.sft_epochs * len(pool) / n) + 1):
         batch = draw(pool, step, n, args.seed, 3)[RANK::WORLD_SIZE]
@@ -1381,7 +1391,8 @@ def sample_batch(model, tokenizer, batch: list[Exercise], noise, args) -> tuple:
 
 
 def by_kind(rewards, batch: list[Exercise], args: Args) -> dict[str, float]:
-    """Mean reward and share of groups with a gradient, of prefixed and plain groups."""
+    """Mean reward and share of groups with a gradient, of prefixed and plain groups;
+    with --off-policy the traces count as completions."""
     groups = rewards.view(-1, args.group_size)
     behind = torch.tensor([bool(x.prefix) for x in batch], device=args.device)
     live, metrics = (groups.amax(-1) > groups.amin(-1)).float(), {}
@@ -1869,7 +1880,7 @@ def report(run_dir: Path, args: Args) -> None:
     """The table at the end: base, plain RL of the committed benchmark, this run."""
     logs = [json.loads(line) for line in (run_dir / "metrics.jsonl").open()]
     for name in [name for name in logs[-1] if name.startswith("eval/")]:
-        base = logs[0].get(name, math.nan)  # other ranks may have cut other prefixes
+        base = logs[0].get(name, math.nan)  # a resumed run may have fewer ranks
         print(f"{name:17} base {base:.3f}  trained {logs[-1][name]:.3f}")
     if (args.model, args.task, args.data) == ("tiny", Args.task, ""):
         folder = Path(__file__).resolve().parent.parent / "benchmarks/results"
@@ -1935,8 +1946,9 @@ def train(args: Args) -> int:
     model, tokenizer = load_model(str(last) if args.resume else name, args)
     add_lora(model, args)
     reference = load_reference(name, model, args)
-    room = args.max_new_tokens  # of a completion; a trace needs as much again
-    candidates = exercises(model, tokenizer, problems[: args.candidates], 2 * room)
+    room = args.max_new_tokens  # of a completion; behind a trace as much again
+    most = 2 * room if needs_traces(args) else room
+    candidates = exercises(model, tokenizer, problems[: args.candidates], most)
     tests = exercises(model, tokenizer, held_out, room)
     if RANK == 0:
         tqdm.write(f"first prompt: {tokenizer.decode(candidates[0].prompt)!r}")
@@ -1976,8 +1988,9 @@ def train(args: Args) -> int:
         total += step_flops(model, reference, rollout, advantages, read, args)
         metrics = {"step": step} | describe(rollout, clock, args) | stats
         metrics |= by_kind(rollout.rewards, batch, args) | {"flops": total}
-        sample = {"prompt": tokenizer.decode(batch[0].prompt + batch[0].prefix)}
-        sample |= {"completions": rollout.texts[:group_size]}
+        sample = {"prompt": tokenizer.decode(batch[0].prompt)}
+        sample |= {"prefix": tokenizer.decode(batch[0].prefix)}
+        sample |= {"completions": rollout.texts[:group_size]}  # they begin with prefix
         sample |= {"rewards": rollout.rewards[:group_size].tolist()}
         end = step == args.steps or 0 < args.max_flops <= total
         if step % args.eval_every == 0 or end:
@@ -1991,7 +2004,8 @@ def train(args: Args) -> int:
         bar.set_postfix(shown, GB=metrics["peak_memory_gb"])
         if step == 1 and RANK == 0:
             tqdm.write(f"first prompt of a batch: {sample['prompt']!r}")
-            tqdm.write(f"first completion: {rollout.texts[0]!r}")
+            tqdm.write(f"its prefix: {sample['prefix']!r}")
+            tqdm.write(f"first completion, prefix included: {rollout.texts[0]!r}")
             tqdm.write("a loss near 0 is normal: watch the reward and pass@1")
         if (stop or step % args.save_every == 0 or end) and RANK == 0:
             save_checkpoint(run_dir, step, *parts)

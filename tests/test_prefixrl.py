@@ -803,6 +803,10 @@ BAD = {
     "ids out of range": ('{"prompt": "train 0:", "ids": [5, 99999]}', "no ids"),
     "second trace": ('{"prompt": "train 1:", "text": "abcd"}', "a trace already"),
     "ids are text": ('{"prompt": "train 0:", "ids": "abcd"}', "no ids"),
+    # of a padded batch: prefixes would hold the whole answer, at 80 % of the length
+    "padding": ('{"prompt": "train 0:", "ids": [69, 70, 71, 72, 1, 0, 0]}', "padding"),
+    "cut off": ('{"prompt": "train 0:", "ids": [69, 70, 71, 72, 0, 0]}', "padding"),
+    "two stops": ('{"prompt": "train 0:", "ids": [69, 70, 71, 72, 1, 1]}', "a stop"),
     # 8 + 116 tokens + EOS, and 4 of a completion, in a context of 128
     "too long": (json.dumps({"prompt": "train 0:", "text": "a" * 116}), "fit"),
 }
@@ -853,15 +857,19 @@ def test_trace_is_cut_at_a_separator_inside_it(script, tmp_path):
     tokenizer = char_tokenizer(**special)
     whole = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
     tokenizer.backend_tokenizer.post_processor = whole
+    model = small_qwen3(len(tokenizer))
     given = tokenizer, [exercise(script, text="p\u2028")]
     file = str(tmp_path / "given.jsonl")
     args = cpu_args(script, strict_traces=True, traces=file)
-    traces = script.read_traces(*given, lambda *_: 1.0, 100, args)
+    traces = script.read_traces(model, *given, lambda *_: 1.0, args)
     bos, *ids = tokenizer("a\u0085b")["input_ids"]
     assert bos == 2 and traces == {0: ([*ids, 1], None)}
 
 
-@pytest.mark.parametrize("logprob", ["NaN", "-Infinity", "0.5", "null", '"-3"', "-3"])
+LOGPROBS = "NaN", "-Infinity", "0.5", "null", '"-3"', "-3", "-1" + 400 * "0"
+
+
+@pytest.mark.parametrize("logprob", LOGPROBS, ids=lambda x: x[:9])
 def test_importance_weight_is_no_number(cli, tmp_path, logprob):
     """JSON as Python reads it has NaN: one such log-prob and all weights are NaN. A
     whole number is fine."""
@@ -874,7 +882,40 @@ def test_importance_weight_is_no_number(cli, tmp_path, logprob):
         assert result.code == 0, result
         return
     assert result.code == 2 and "line 1" in result.errors[0], result
-    assert "logprob" in result.errors[0] and not (tmp_path / "run").exists()
+    word = "too large" if len(logprob) > 400 else "logprob"
+    assert word in result.errors[0] and not (tmp_path / "run").exists()
+
+
+def test_trace_is_overlooked(script, tmp_path, capsys):
+    """Other programs write a BOM, blank lines, null for ids that are not known, and the
+    keys of a message in another order. An id that has no row in the model, as of a pad
+    token that was added to the tokenizer alone, would end in an IndexError."""
+    tokenizer = char_tokenizer()
+    chat = [{"role": "user", "content": "q"}]
+    candidates = [exercise(script, text=text) for text in ("p", chat, "r")]
+    turned = [{"content": "q", "role": "user"}]
+    lines = [{"prompt": "p", "ids": None, "text": "ab"}]
+    lines.append({"prompt": turned, "text": "c"})
+    lines.append({"prompt": "r", "ids": [tokenizer("~")["input_ids"][0]]})
+    text = "\n\n".join(map(json.dumps, lines)) + "\n\n"
+    (tmp_path / "given.jsonl").write_text(text, "utf-8-sig")
+    args = cpu_args(script, traces=str(tmp_path / "given.jsonl"))
+    cut = small_qwen3(len(tokenizer) - 1)  # no row for "~"
+    for model, places in (small_qwen3(len(tokenizer)), "012"), (cut, "01"):
+        given = tokenizer, candidates, lambda *_: 1.0, args
+        traces = script.read_traces(model, *given)
+        assert [*traces] == [int(i) for i in places]
+        assert capsys.readouterr().err.count("skipped") == 3 - len(places)
+        assert traces[0][0] == [*tokenizer("ab")["input_ids"], 1]
+
+
+def test_plain_rl_needs_room_for_traces(cli):
+    """Behind 80 % of a trace there must be room for a completion; without traces the
+    prompt (8 tokens) and a completion (62) need fit, in a context of 128."""
+    wide = dict(max_new_tokens=62, steps=1)
+    assert cli(prefixes_per_problem=0, **wide).code == 0
+    result = cli(run_dir="behind", **wide)
+    assert result.code == 2 and "there is room for 4" in result.errors[0], result
 
 
 def test_trace_ids_are_made_anew_from_text(script, tmp_path):
@@ -885,7 +926,7 @@ def test_trace_ids_are_made_anew_from_text(script, tmp_path):
     class Pairs:
         """Knows "ab" as one token (9), and as two (3, 4)."""
 
-        eos_token_id = 1
+        eos_token_id, pad_token_id = 1, 0
 
         def __call__(self, text, add_special_tokens):
             return {"input_ids": [9] * (len(text) // 2)}
@@ -901,8 +942,8 @@ def test_trace_ids_are_made_anew_from_text(script, tmp_path):
     file.write_text("\n".join(map(json.dumps, lines)))
     candidates = [exercise(script, text=text) for text in "pq"]
     reward = lambda problem, text: float(text in ("ababab", "abab"))
-    args = cpu_args(script, traces=str(file))
-    traces = script.read_traces(Pairs(), candidates, reward, 100, args)
+    args, given = cpu_args(script, traces=str(file)), (candidates, reward)
+    traces = script.read_traces(small_qwen3(10), Pairs(), *given, args)
     assert traces == {0: ([3, 4, 9, 3, 4], None), 1: ([9, 9, 1], None)}
     cuts = script.cut_prefixes([exercise(script, traces[0][0])], [1], args)
     assert {tuple(x.prefix) for x in cuts} <= {(3, 4), (3, 4, 9), (3, 4, 9, 3)}
@@ -927,9 +968,8 @@ def test_prefix_outside_the_assistants_turn(cli, tmp_path):
     texts = [r["text"] for r in records(tmp_path / "run") if r["ids"]]
     opened = "[end][assistant]"
     for sample in samples[1:]:
-        prompt = sample["prompt"]
-        assert prompt.count("[assistant]") == 1 and opened in prompt
-        prefix = prompt.partition(opened)[2]
+        prompt, prefix = sample["prompt"], sample["prefix"]
+        assert prompt.count("[assistant]") == 1 and prompt.endswith(opened)
         assert prefix and any(text.startswith(prefix) for text in texts)
         assert all(text.startswith(prefix) for text in sample["completions"])
 
@@ -983,6 +1023,18 @@ def test_imitation_repeats_one_batch(script, monkeypatch):
     script.imitate(network, hard, cpu_args(script, **args))
     assert [len(batch) for batch in seen] == [2] * 5
     assert sorted(itertools.chain(*seen)) == sorted(2 * traces)
+
+
+def test_few_traces_are_imitated_more_often_than_many(script, monkeypatch):
+    """Two epochs of three traces, where a batch has room for eight, are each of them
+    twice: not one batch filled up with copies."""
+    seen, network = [], small_qwen3(30)
+    note = lambda *given: seen.append(len(given[3].tokens))
+    monkeypatch.setattr(script, "update", note)
+    hard = [exercise(script, [10 + i, 11, 1]) for i in range(3)]
+    args = dict(prompts_per_step=8, sft_epochs=2, learning_rate=1e-3)
+    script.imitate(network, hard, cpu_args(script, **args))
+    assert seen == [3, 3]
 
 
 def test_importance_weight_of_a_trace(script, model, monkeypatch):
