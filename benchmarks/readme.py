@@ -57,11 +57,12 @@ CELLS = {  # of the metric: its gain or its end; seeds, worst seed, wall time
 FINDINGS = {  # (claim, the verdict that makes it true, sentence)
     "grpo": [
         ("TRL: its trainer has the same learning curve", "replicated",
-         "Within 0.05 of the pass@1 of TRL's trainer at every evaluation."),
+         "Its mean pass@1 is within 0.05 of that of TRL's trainer at every evaluation."),
         ("Ours: two updates on a batch end higher than one", "replicated",
-         "Two updates on a batch end above one in pass@1;"),
+         "Two updates on a batch end above one in pass@1 (but below it in pass@8, over "
+         "two sets of runs);"),
         ("Ours: four updates cost less than 0.02 of pass@8", "not replicated",
-         "four end below it in pass@8."),
+         "four end below one in pass@8."),
     ],
     "vopd": [
         ("vOPD: the baseline ends at a lower reverse KL than no baseline", "replicated",
@@ -77,13 +78,15 @@ FINDINGS = {  # (claim, the verdict that makes it true, sentence)
         ("PrefixRL: solves more than off-policy RL at equal FLOPs", "replicated",
          "off-policy RL,"),
         ("PrefixRL: solves more than SFT, then RL, at equal FLOPs", "inconclusive",
-         "but not of imitation of the same traces followed by RL."),
+         "but not of imitation of the same traces followed by RL (over three sets of "
+         "runs, behind it)."),
     ],
     "dmpo": [
         ("DMPO: the quality ratio is above GRPO's", "inconclusive",
-         "At the paper's lambda it is nearly GRPO: neither clearly better answers"),
+         "At the paper's lambda it is nearly GRPO: no clearly better answers,"),
         ("DMPO: more distinct feasible answers among 16 than with GRPO",
-         "inconclusive", "nor clearly more distinct ones."),
+         "inconclusive", "and more distinct ones only over three sets of runs (by 0.1 "
+         "of 2.0)."),
     ],
     "ppo_envs": [
         ("Ours: up to 1,024 environments, more end higher with the recipe",

@@ -1,7 +1,7 @@
 """GSM8K (arXiv 2110.14168): school arithmetic in words, the last number is the answer.
 
     GSM8K_SUFFIX=/no_think python algos/grpo.py --model Qwen/Qwen3-0.6B \\
-        --task benchmarks/tasks/gsm8k.py --max-new-tokens 512 \\
+        --task benchmarks/tasks/gsm8k.py --prompts-per-step 32 --max-new-tokens 512 \\
         --micro-batch-size 8 --rollout-batch-size 128 --gradient-checkpointing
 
     GSM8K_SUFFIX  put behind each question; Qwen3's chat models think first, for more
