@@ -24,9 +24,9 @@ Identity. A run is known by its flags, its seed, the versions of torch and trans
 and the hash of the program's syntax tree, which comments, docstrings and layout do not
 change. One that stands in benchmarks/results/<script>.json under the same identity is
 not run again either, on whichever day or machine it was made. Those of another
-identity are dropped when results are written, unless --keep-old is given: then they
-count as if they were of today, and the page lists every hash it is made of. Whether
-newer code learns the same is seen beside them:
+identity are dropped when results are written (<script>.old.json keeps the file as it
+was), unless --keep-old is given: then they count as if they were of today, and the page
+lists every hash it is made of. To see beside them whether newer code learns the same:
 
     python benchmarks/claims.py grpo --arms default --out again --work again/runs
 
@@ -676,8 +676,10 @@ def measure(script: str, args: argparse.Namespace) -> int:
     found = json.loads(path.read_text()) if path.exists() else []
     runs = [record for record in found if valid(record, jobs, args.keep_old)]
     if len(runs) < len(found):
-        n = len(found) - len(runs)
-        print(f"{script}: {n} runs of other code, flags or versions do not count")
+        n, kept = len(found) - len(runs), path.with_suffix(".old.json")
+        shutil.copy(path, kept)
+        why = f"of other code, flags or versions do not count, they stay in {kept.name}"
+        print(f"{script}: {n} runs {why}")
     done = {(x["arm"], x["seed"]) for x in runs}
     todo = [
         job | {"seed": seed}

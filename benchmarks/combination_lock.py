@@ -1,6 +1,6 @@
 """The control of PrefixRL's claim: no shared parameters, no back-generalisation.
 
-    python benchmarks/combination_lock.py
+    python benchmarks/combination_lock.py [--out FOLDER]
 
 A lock has 10 wheels. Each shows one of 4 signs and opens at one of 4 letters; which
 letter belongs to which sign is the same for all wheels. Reward 1 if all wheels are
@@ -14,11 +14,12 @@ problems only: the first wheels are set already, how many is drawn from a band.
 Measured, in exact numbers (no sampling): the chance to open the lock without a prefix,
 and the chance to get those first wheels right that stand in every prefix of the band.
 The latter cannot move for the tabular policy: no gradient ever reaches these wheels.
-Writes benchmarks/results/combination_lock.json.
+Writes combination_lock.json, to benchmarks/results unless --out says otherwise.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import time
@@ -86,6 +87,9 @@ def train(kind: str, band: tuple[float, float], seed: int) -> list[dict]:
 
 def main(seeds: int = 10) -> None:
     """All bands, both policies, in a JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results")
+    out = parser.parse_args().out
     begun, runs = time.perf_counter(), []
     for band in BANDS:
         for kind in ("tabular", "shared"):
@@ -95,9 +99,9 @@ def main(seeds: int = 10) -> None:
     about = {"hardware": f"{os.cpu_count()} CPU cores, no GPU"}
     about |= {"numpy": np.__version__, "wheels": WHEELS, "updates": UPDATES}
     about |= {"rate": RATE, "seconds": time.perf_counter() - begun, "runs": runs}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "combination_lock.json").write_text(json.dumps(about) + "\n")
-    print(f"{about['seconds']:.0f} s, {RESULTS}/combination_lock.json")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "combination_lock.json").write_text(json.dumps(about) + "\n")
+    print(f"{about['seconds']:.0f} s, {out}/combination_lock.json")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ repository's history; README.md beside it quotes them.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -57,6 +58,8 @@ def said(values: list[float], claim: claims.Claim) -> str:
 
 
 def main() -> None:
+    """Each claim in each set; the command line has no flags but --help."""
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     for script, commits in SETS.items():
         sets = [runs_at(script, commit) for commit in commits]
         for claim in claims.CLAIMS[script]:

@@ -57,7 +57,7 @@ CELLS = {  # of the metric: its gain or its end; seeds, worst seed, wall time
 FINDINGS = {  # (claim, the verdict that makes it true, sentence)
     "grpo": [
         ("TRL: its trainer has the same learning curve", "replicated",
-         "Its mean pass@1 is within 0.05 of that of TRL's trainer at every evaluation."),
+         "Its mean pass@1 stays within 0.05 of that of TRL's trainer."),
         ("Ours: two updates on a batch end higher than one", "replicated",
          "Two updates on a batch end above one in pass@1 (but below it in pass@8, over "
          "two sets of runs);"),

@@ -198,6 +198,7 @@ def test_sets_of_runs_are_averaged_across_seeds(monkeypatch, capsys):
     monkeypatch.setattr(earlier_sets, "SETS", {"grpo": ("old", "")})
     monkeypatch.setattr(earlier_sets, "runs_at", runs_at)
     monkeypatch.setattr(claims, "CLAIMS", {"grpo": [asked("higher")]})
+    monkeypatch.setattr(sys, "argv", ["earlier_sets.py"])
     earlier_sets.main()
     _, old, new, means, rest = capsys.readouterr().out.splitlines()
     assert "old" in old and "+0.300" in old and "of 5 seeds, replicated" in old
@@ -469,8 +470,9 @@ def test_interrupted_run_starts_anew(lab):
 
 
 def test_changed_code_keeps_its_old_numbers(lab):
-    """A run of other code is dropped and run again, a docstring or a comment changes
-    nothing; --keep-old keeps it. Other versions of torch count as other code."""
+    """A run of other code is dropped and run again, and kept beside the new ones; a
+    docstring or a comment changes nothing; with --keep-old it counts. Other versions of
+    torch count as other code."""
     lab.run("--seeds", "1")
     old = lab.runs()
     text = lab.script.read_text()
@@ -490,6 +492,7 @@ def test_changed_code_keeps_its_old_numbers(lab):
     lab.run("--seeds", "1", "--arms", "default")
     assert lab.calls() == 3  # it stands in the work folder
     (new,) = lab.runs()  # the other arm's old run is gone too
+    assert json.loads(lab.results.with_suffix(".old.json").read_text()) == old
     assert new["code"] != old[0]["code"]
     assert new["evals"][-1]["eval/x"] == pytest.approx(1.4)
     lab.results.write_text(json.dumps([new | {"torch": "0.9"}]))
