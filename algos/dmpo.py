@@ -16,8 +16,14 @@ o_1..o_G of a prompt, with rewards r_1..r_G:
     L     = L_GRPO + lambda L_DM                       --dm-coef lambda
 
 p is a constant, from the raw rewards; phi is of the current theta, unclipped, and has
-the gradient. L_GRPO is the -J of algos/grpo.py, with its flags: --dm-only leaves it
-out, --dm-coef 0 leaves nothing else. Its token weights w and denominator Z are
+the gradient. --dm-only leaves L_GRPO out, --dm-coef 0 leaves nothing else. L_GRPO is
+grpo.py's -J, after GRPO (2402.03300), Dr. GRPO (2503.20783) and DAPO (2503.14476):
+
+    A_i   = (r_i - mean(r)) / (std(r) + eps)           --advantage-scale std
+    A_i   =  r_i - mean(r)                             --advantage-scale none
+    rho_t = pi_theta(y_t | c_t) / pi_old(y_t | c_t)    y: o_i
+    J     = 1/Z sum_i sum_t w_i min(rho_t A_i, clip(rho_t, 1 - e_low, 1 + e_high) A_i)
+            - beta KL(pi_theta || pi_ref)              --kl-coef beta, 0 by default
 
     --normalization token     w_i = 1,        Z = completion tokens
                     sequence  w_i = 1/|o_i|,  Z = completions
@@ -32,9 +38,10 @@ Differences. L_DM is averaged over the groups of a batch (the paper does not say
 divergences are ours: the paper argues for the forward KL and runs the square. While q
 is nearly uniform, the forward KL pulls about G^2 / 2 times as hard, so compare
 dm_coefficient, not lambda. p and q are over samples, not over distinct answers: an
-answer that is drawn twice has two shares. The logged loss is L_GRPO alone, dm_loss is
-L_DM. The clip is grpo.py's (the paper's is 0.2 on both sides). Tasks, sizes and the
-default learning rate are for a tiny model; the rate is constant after a warm-up.
+answer that is drawn twice has two shares. The logged loss is L_GRPO without its KL term
+(that is kl), dm_loss is L_DM. The clip is grpo.py's (the paper's is 0.2 on both sides).
+Tasks, sizes and the default learning rate are for a tiny model; the rate is constant
+after a warm-up.
 
     python algos/dmpo.py
     python algos/dmpo.py --model Qwen/Qwen3-0.6B --data train.jsonl \
@@ -298,8 +305,9 @@ NP = {
 
 def np_problems(name: str, split: str, seed: int, n: int) -> Iterator[Problem]:
     """Problems of one kind, with random feasible worked answers and the value of the
-    best, by brute force. The instance, sorted, decides whether it is held out. Not
-    endless: the smallest sizes have too few instances for both splits."""
+    best, by brute force. The instance, sorted, decides whether it is held out (a graph
+    with other names for its nodes is another instance). Not endless: the smallest sizes
+    have too few instances for both splits."""
     draw, value = NP[name]
     rng = random.Random(f"{name} {split} {seed}")
     for _ in range(40_000):
@@ -475,11 +483,8 @@ def hash_prompts(problems: list[Problem], args: Args) -> int:
     """Hash of all prompts, and of the answers of --data, which must be equal on all
     ranks and after a --resume."""
     text = str([p[:2] if args.data else p.prompt for p in problems]).encode()
-    known = saved = int(hashlib.sha256(text).hexdigest()[:15], 16)
-    if args.resume:
-        about = json.loads(Path(args.resume, "args.json").read_text())
-        saved = about.get("prompts_hash", known)
-    if not agree(known, args) or saved != known:
+    known = int(hashlib.sha256(text).hexdigest()[:15], 16)
+    if not unchanged("prompts_hash", known, args):
         fail("problems differ between ranks or from the run's start: use the same ones")
     return known
 
@@ -603,6 +608,9 @@ def load_model(name: str, args: Args) -> tuple:
             more = any("lora_" in x for end in ends for x, _ in end.named_parameters())
             if more or model.peft_config["default"].modules_to_save:
                 raise ValueError("its adapter has more than LoRA layers: merge it")
+            if Path(name, "generation_config.json").exists():  # its own end tokens
+                own = transformers.GenerationConfig.from_pretrained(name)
+                model.generation_config = own
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):  # an adapter's
                 module.p = 0.0
@@ -712,13 +720,27 @@ def agree(x: int, args: Args) -> bool:
     return not ends.sum()  # max(x) = min(x)
 
 
-def check_start(models: tuple, step: int, args: Args) -> None:
-    """End the run if its ranks do not start with the same weights after the same step:
-    nodes may have folders of their own. models: some may be None."""
-    weights = [x for model in models if model for x in model.state_dict().values()]
-    first = torch.cat([x.flatten()[:4096].float() for x in weights])
-    if not agree(step + int(first.view(torch.int32).sum()), args):
+def unchanged(name: str, value: int, args: Args) -> bool:
+    """Is a hash the same on all ranks and, after a --resume, as in args.json?"""
+    about = Path(args.resume, "args.json").read_text() if args.resume else "{}"
+    return agree(value, args) and json.loads(about).get(name, value) == value
+
+
+def check_weights(model, frozen, step: int, args: Args) -> int:
+    """End the run if its ranks do not start with the same weights after the same step
+    (nodes may have folders of their own), or if the frozen reference or teacher, None
+    if there is none, is not that of the run's start. Returns a hash of the latter."""
+
+    def total(network) -> int:
+        first = [x.flatten()[:4096].float() for x in network.state_dict().values()]
+        return int(torch.cat(first).view(torch.int32).sum())
+
+    known = 0 if frozen in (None, model) else total(frozen)  # LoRA: the model itself
+    if not agree(step + total(model), args):
         fail("weights or steps differ between ranks: let all read the same folders")
+    if not unchanged("frozen_hash", known, args):
+        fail("reference or teacher is not that of all ranks and of the run's start")
+    return known
 
 
 # ------------------------------------ Rollout -----------------------------------------
@@ -1273,16 +1295,18 @@ def best_of(values: list[float], k: int) -> float:
 
 def verdicts(reward: Callable, problems: list, texts: list, rewards: list) -> list:
     """(feasible, quality, answer) of each text: a bool, a finite number and something
-    that can be counted. A reward with a function verify(problem, text) has that say so;
-    else feasible is a reward of 1 or more, quality the reward, the answer the text."""
+    that can be counted, as texts, tuples and frozensets can. A reward with a function
+    verify(problem, text) has that say so; else feasible is a reward of 1 or more,
+    quality the reward, the answer the text."""
     if not hasattr(reward, "verify"):
         return [(value >= 1, value, text) for value, text in zip(rewards, texts)]
     judged = []
-    with blame("reward.verify failed"):
-        for problem, text in zip(problems, texts):
+    for problem, text in zip(problems, texts):
+        asked = f"prompt {str(problem.prompt)[:60]!r}, completion {text!r}"
+        with blame(f"reward.verify failed on {asked}"):
             feasible, quality, answer = reward.verify(problem, text)
             hash(answer)  # different ones are counted
-            if not math.isfinite(quality):
+            if not abs(quality) < 2.0**127:  # float32's most
                 raise ValueError(f"{quality} is not a finite number")
             judged.append((bool(feasible), quality, answer))
     return judged
@@ -1335,9 +1359,9 @@ def lock(run_dir: Path):
     return file
 
 
-def open_run(args: Args, step: int, prompts_hash: int | None = None):
+def open_run(args: Args, step: int, known: dict[str, int]):
     """Make the folder of a new run, or cut the logs of a resumed one after `step`.
-    Returns its lock."""
+    known: what args.json keeps for `unchanged`. Returns its lock."""
     run_dir, here = Path(args.run_dir), Path(__file__).parent
     with blame(f"cannot open the run folder {run_dir}"):
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -1353,8 +1377,7 @@ def open_run(args: Args, step: int, prompts_hash: int | None = None):
         about = {"python": sys.version, "torch": torch.__version__}
         about |= {"transformers": transformers.__version__, "commit": commit.strip()}
         about |= {"hardware": f"{os.cpu_count()} CPU cores, {gpu}", "args": vars(args)}
-        about |= {"prompts_hash": prompts_hash}
-        (run_dir / "args.new").write_text(json.dumps(about, indent=1))
+        (run_dir / "args.new").write_text(json.dumps(about | known, indent=1))
         (run_dir / "args.new").replace(run_dir / "args.json")
     return locked
 
@@ -1493,6 +1516,7 @@ def check(args: Args) -> None:
         (args.seed >= 2**63, "--seed must be below 2^63"),
         (args.prompts_per_step % WORLD_SIZE, "ranks must divide --prompts-per-step"),
         (args.eval_prompts < WORLD_SIZE, "there are more ranks than --eval-prompts"),
+        (args.eval_samples > 1000, "--eval-samples must be at most 1000"),
     ):
         if wrong:
             fail(message)
@@ -1621,7 +1645,7 @@ def train(args: Args) -> int:
     """Sample, score, compare, update, log; evaluate and save every now and then."""
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
-    known = hash_prompts(problems + held_out, args)
+    known = {"prompts_hash": hash_prompts(problems + held_out, args)}
     name = args.model
     if name == "tiny":
         name = tiny_model(problems, args.seed, args.tiny_steps)
@@ -1638,7 +1662,7 @@ def train(args: Args) -> int:
     if RANK == 0:
         tqdm.write(f"first prompt: {tokenizer.decode(prompts[first])!r}")
     optimizer, step = make_optimizer(model, args)
-    check_start((model, reference), step, args)
+    known["frozen_hash"] = check_weights(model, reference, step, args)
     parts = model, tokenizer, optimizer
     run_dir, stops = Path(args.run_dir), catch_stops()
     if not args.resume:

@@ -339,11 +339,8 @@ def hash_prompts(problems: list[Problem], args: Args) -> int:
     """Hash of all prompts, and of the answers of --data, which must be equal on all
     ranks and after a --resume."""
     text = str([p[:2] if args.data else p.prompt for p in problems]).encode()
-    known = saved = int(hashlib.sha256(text).hexdigest()[:15], 16)
-    if args.resume:
-        about = json.loads(Path(args.resume, "args.json").read_text())
-        saved = about.get("prompts_hash", known)
-    if not agree(known, args) or saved != known:
+    known = int(hashlib.sha256(text).hexdigest()[:15], 16)
+    if not unchanged("prompts_hash", known, args):
         fail("problems differ between ranks or from the run's start: use the same ones")
     return known
 
@@ -467,6 +464,9 @@ def load_model(name: str, args: Args) -> tuple:
             more = any("lora_" in x for end in ends for x, _ in end.named_parameters())
             if more or model.peft_config["default"].modules_to_save:
                 raise ValueError("its adapter has more than LoRA layers: merge it")
+            if Path(name, "generation_config.json").exists():  # its own end tokens
+                own = transformers.GenerationConfig.from_pretrained(name)
+                model.generation_config = own
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):  # an adapter's
                 module.p = 0.0
@@ -576,13 +576,27 @@ def agree(x: int, args: Args) -> bool:
     return not ends.sum()  # max(x) = min(x)
 
 
-def check_start(models: tuple, step: int, args: Args) -> None:
-    """End the run if its ranks do not start with the same weights after the same step:
-    nodes may have folders of their own. models: some may be None."""
-    weights = [x for model in models if model for x in model.state_dict().values()]
-    first = torch.cat([x.flatten()[:4096].float() for x in weights])
-    if not agree(step + int(first.view(torch.int32).sum()), args):
+def unchanged(name: str, value: int, args: Args) -> bool:
+    """Is a hash the same on all ranks and, after a --resume, as in args.json?"""
+    about = Path(args.resume, "args.json").read_text() if args.resume else "{}"
+    return agree(value, args) and json.loads(about).get(name, value) == value
+
+
+def check_weights(model, frozen, step: int, args: Args) -> int:
+    """End the run if its ranks do not start with the same weights after the same step
+    (nodes may have folders of their own), or if the frozen reference or teacher, None
+    if there is none, is not that of the run's start. Returns a hash of the latter."""
+
+    def total(network) -> int:
+        first = [x.flatten()[:4096].float() for x in network.state_dict().values()]
+        return int(torch.cat(first).view(torch.int32).sum())
+
+    known = 0 if frozen in (None, model) else total(frozen)  # LoRA: the model itself
+    if not agree(step + total(model), args):
         fail("weights or steps differ between ranks: let all read the same folders")
+    if not unchanged("frozen_hash", known, args):
+        fail("reference or teacher is not that of all ranks and of the run's start")
+    return known
 
 
 # ------------------------------------ Rollout -----------------------------------------
@@ -1105,9 +1119,9 @@ def lock(run_dir: Path):
     return file
 
 
-def open_run(args: Args, step: int, prompts_hash: int | None = None):
+def open_run(args: Args, step: int, known: dict[str, int]):
     """Make the folder of a new run, or cut the logs of a resumed one after `step`.
-    Returns its lock."""
+    known: what args.json keeps for `unchanged`. Returns its lock."""
     run_dir, here = Path(args.run_dir), Path(__file__).parent
     with blame(f"cannot open the run folder {run_dir}"):
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -1123,8 +1137,7 @@ def open_run(args: Args, step: int, prompts_hash: int | None = None):
         about = {"python": sys.version, "torch": torch.__version__}
         about |= {"transformers": transformers.__version__, "commit": commit.strip()}
         about |= {"hardware": f"{os.cpu_count()} CPU cores, {gpu}", "args": vars(args)}
-        about |= {"prompts_hash": prompts_hash}
-        (run_dir / "args.new").write_text(json.dumps(about, indent=1))
+        (run_dir / "args.new").write_text(json.dumps(about | known, indent=1))
         (run_dir / "args.new").replace(run_dir / "args.json")
     return locked
 
@@ -1385,7 +1398,7 @@ def train(args: Args) -> int:
     """Sample, score, compare, update, log; evaluate and save every now and then."""
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
-    known = hash_prompts(problems + held_out, args)
+    known = {"prompts_hash": hash_prompts(problems + held_out, args)}
     name = args.model
     if name == "tiny":
         name = tiny_model(problems, args.seed, args.tiny_steps)
@@ -1402,7 +1415,7 @@ def train(args: Args) -> int:
     if RANK == 0:
         tqdm.write(f"first prompt: {tokenizer.decode(prompts[first])!r}")
     optimizer, step = make_optimizer(model, args)
-    check_start((model, reference), step, args)
+    known["frozen_hash"] = check_weights(model, reference, step, args)
     parts = model, tokenizer, optimizer
     run_dir, stops = Path(args.run_dir), catch_stops()
     if not args.resume:

@@ -363,11 +363,8 @@ def hash_prompts(problems: list[Problem], args: Args) -> int:
     """Hash of all prompts, and of the answers of --data, which must be equal on all
     ranks and after a --resume."""
     text = str([p[:2] if args.data else p.prompt for p in problems]).encode()
-    known = saved = int(hashlib.sha256(text).hexdigest()[:15], 16)
-    if args.resume:
-        about = json.loads(Path(args.resume, "args.json").read_text())
-        saved = about.get("prompts_hash", known)
-    if not agree(known, args) or saved != known:
+    known = int(hashlib.sha256(text).hexdigest()[:15], 16)
+    if not unchanged("prompts_hash", known, args):
         fail("problems differ between ranks or from the run's start: use the same ones")
     return known
 
@@ -491,6 +488,9 @@ def load_model(name: str, args: Args) -> tuple:
             more = any("lora_" in x for end in ends for x, _ in end.named_parameters())
             if more or model.peft_config["default"].modules_to_save:
                 raise ValueError("its adapter has more than LoRA layers: merge it")
+            if Path(name, "generation_config.json").exists():  # its own end tokens
+                own = transformers.GenerationConfig.from_pretrained(name)
+                model.generation_config = own
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):  # an adapter's
                 module.p = 0.0
@@ -657,13 +657,27 @@ def agree(x: int, args: Args) -> bool:
     return not ends.sum()  # max(x) = min(x)
 
 
-def check_start(models: tuple, step: int, args: Args) -> None:
-    """End the run if its ranks do not start with the same weights after the same step:
-    nodes may have folders of their own. models: some may be None."""
-    weights = [x for model in models if model for x in model.state_dict().values()]
-    first = torch.cat([x.flatten()[:4096].float() for x in weights])
-    if not agree(step + int(first.view(torch.int32).sum()), args):
+def unchanged(name: str, value: int, args: Args) -> bool:
+    """Is a hash the same on all ranks and, after a --resume, as in args.json?"""
+    about = Path(args.resume, "args.json").read_text() if args.resume else "{}"
+    return agree(value, args) and json.loads(about).get(name, value) == value
+
+
+def check_weights(model, frozen, step: int, args: Args) -> int:
+    """End the run if its ranks do not start with the same weights after the same step
+    (nodes may have folders of their own), or if the frozen reference or teacher, None
+    if there is none, is not that of the run's start. Returns a hash of the latter."""
+
+    def total(network) -> int:
+        first = [x.flatten()[:4096].float() for x in network.state_dict().values()]
+        return int(torch.cat(first).view(torch.int32).sum())
+
+    known = 0 if frozen in (None, model) else total(frozen)  # LoRA: the model itself
+    if not agree(step + total(model), args):
         fail("weights or steps differ between ranks: let all read the same folders")
+    if not unchanged("frozen_hash", known, args):
+        fail("reference or teacher is not that of all ranks and of the run's start")
+    return known
 
 
 # ------------------------------------ Rollout -----------------------------------------
@@ -1035,8 +1049,8 @@ def reverse_kl(student_logits, teacher_logits, top_k: int = 0) -> torch.Tensor:
         student_logits = student_logits.gather(-1, ids)
         teacher_logits = teacher_logits.gather(-1, ids)
     log_z = student_logits.logsumexp(-1) - teacher_logits.logsumexp(-1)
-    gaps = student_logits - teacher_logits  # log p - log q, plus log_z
-    return torch.linalg.vecdot(student_logits.softmax(-1), gaps) - log_z
+    gaps = (student_logits - teacher_logits).sub_(log_z[..., None])  # log p - log q
+    return torch.linalg.vecdot(student_logits.softmax(-1), gaps)
 
 
 @torch.no_grad()
@@ -1144,8 +1158,10 @@ def update(
     model, teacher, optimizer, rollout, args, guard=contextlib.nullcontext
 ) -> dict[str, float]:
     """One optimiser step on one batch; returns its statistics. There is no second step:
-    the data would be off-policy, and then no baseline is free of bias. guard:
-    nothing_lost, for the step before, until the weights change."""
+    the data would be off-policy, and then no baseline is free of bias. reverse_kl is
+    what the estimator takes for it (of topk and vopd-topk over k tokens); the exact one
+    is in evaluations. guard: nothing_lost, for the step before, until the weights
+    change."""
     without_noise(model)
     mask = rollout.completion_mask
     if args.mask_truncated:
@@ -1231,9 +1247,9 @@ def lock(run_dir: Path):
     return file
 
 
-def open_run(args: Args, step: int, prompts_hash: int | None = None):
+def open_run(args: Args, step: int, known: dict[str, int]):
     """Make the folder of a new run, or cut the logs of a resumed one after `step`.
-    Returns its lock."""
+    known: what args.json keeps for `unchanged`. Returns its lock."""
     run_dir, here = Path(args.run_dir), Path(__file__).parent
     with blame(f"cannot open the run folder {run_dir}"):
         run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -1249,8 +1265,7 @@ def open_run(args: Args, step: int, prompts_hash: int | None = None):
         about = {"python": sys.version, "torch": torch.__version__}
         about |= {"transformers": transformers.__version__, "commit": commit.strip()}
         about |= {"hardware": f"{os.cpu_count()} CPU cores, {gpu}", "args": vars(args)}
-        about |= {"prompts_hash": prompts_hash}
-        (run_dir / "args.new").write_text(json.dumps(about, indent=1))
+        (run_dir / "args.new").write_text(json.dumps(about | known, indent=1))
         (run_dir / "args.new").replace(run_dir / "args.json")
     return locked
 
@@ -1505,10 +1520,10 @@ def print_table(run_dir: Path) -> None:
 
 
 def train(args: Args) -> int:
-    """Sample, let the teacher score, update, log; evaluate and save now and then."""
+    """Sample, update with the teacher's scores, log; evaluate and save now and then."""
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
-    known = hash_prompts(problems + held_out, args)
+    known = {"prompts_hash": hash_prompts(problems + held_out, args)}
     if not answered(problems + held_out, args):
         reward = None
     model, tokenizer, teacher = load_both(problems, args)
@@ -1519,8 +1534,10 @@ def train(args: Args) -> int:
     first = batch_indices(len(problems), 1, args)[0]
     if RANK == 0:
         tqdm.write(f"first prompt: {tokenizer.decode(prompts[first])!r}")
+    if RANK == 0 and "topk" in args.estimator and args.top_k >= rows:
+        tqdm.write(f"--top-k {args.top_k} is no choice among {rows} tokens")
     optimizer, step = make_optimizer(model, args)
-    check_start((model, teacher), step, args)
+    known["frozen_hash"] = check_weights(model, teacher, step, args)
     parts = model, tokenizer, optimizer
     run_dir, stops, kl = Path(args.run_dir), catch_stops(), math.nan
     task = teacher, tokenizer, tests, held_out, reward, args
@@ -1528,7 +1545,9 @@ def train(args: Args) -> int:
         metrics = evaluate(model, *task)
         kl = metrics["eval/reverse_kl"]
         own = dataclasses.replace(args, temperature=args.teacher_temperature)
-        best = evaluate(teacher, *task[:-1], own)
+        best = {"eval/reverse_kl": 0.0}  # to itself
+        if reward:
+            best = evaluate(teacher, *task[:-1], own)
         metrics |= {x.replace("eval/", "eval/teacher_"): best[x] for x in best}
     if RANK == 0:  # after the evaluation, so that a failed one leaves no folder
         _lock = open_run(args, step, known)  # until this function returns
@@ -1573,7 +1592,7 @@ def train(args: Args) -> int:
         bar.set_postfix(shown, GB=metrics["peak_memory_gb"])
         if step == 1 and RANK == 0:
             tqdm.write(f"first completion: {rollout.texts[0]!r}")
-            tqdm.write("a loss near 0 is normal with vopd: watch the held-out KL")
+            tqdm.write("the loss may rise or be below 0: watch the held-out KL")
         if (stop or step % args.save_every == 0 or step == args.steps) and RANK == 0:
             save_checkpoint(run_dir, step, *parts)
             draw_curve(run_dir)

@@ -129,7 +129,7 @@ def main() -> None:
     saved, done = Path(args.run_dir, "checkpoint", "state.pt"), 0
     if args.resume:
         done = torch.load(saved)["step"]
-    grpo.open_run(args, done)
+    grpo.open_run(args, done, {})
     about = Path(args.run_dir, "args.json")
     trl = {"trl": importlib.metadata.version("trl")}
     about.write_text(json.dumps(json.loads(about.read_text()) | trl, indent=1))

@@ -649,6 +649,7 @@ def test_user_mistake_shows_a_traceback_or_is_ignored(cli, dmpo, tmp_path):
         (dict(micro_batch_size=3), ("--micro-batch-size", "--group-size")),
         (dict(dm_coef=0, dm_only=True), ("--dm-only", "--dm-coef")),
         (dict(kl_coef=0.1, dm_only=True), ("--dm-only", "--kl-coef")),
+        (dict(eval_samples=1001), ("--eval-samples", "at most 1000")),  # comb overflows
         (dict(dm_coef=0, dm_divergence="js"), ("--dm-divergence", "--dm-coef")),
         (dict(dm_coef=-1), ("--dm-coef",)),
         (dict(dm_coef="nan"), ("--dm-coef",)),
@@ -917,12 +918,13 @@ def test_same_answer_in_another_order_counts_as_another(dmpo, monkeypatch):
     assert got["eval/qr"] == got["eval/reward"]
 
 
-@pytest.mark.parametrize(
-    "judged", [(True, 1.0), (True, 1.0, [2]), (True, math.nan, "2"), (True, "1", "2")]
-)
+JUDGED = (True, 1.0), (True, 1.0, [2]), (True, math.nan, "2"), (True, "1", "2")
+
+
+@pytest.mark.parametrize("judged", [*JUDGED, (True, 1e300, "2")])
 def test_verdict_of_a_plug_in_is_a_traceback(dmpo, monkeypatch, capsys, judged):
     """A verify that returns two things, an answer that cannot be counted or a quality
-    that is no number ends in one line."""
+    that is no number, or none in fp32, ends in one line, which names the text."""
     rollout = SimpleNamespace(texts=["a", "b"], logprobs=torch.zeros(2, 1))
     rollout.completion_mask = torch.ones(2, 1)
     monkeypatch.setattr(dmpo, "generate", lambda *_: rollout)
@@ -933,8 +935,10 @@ def test_verdict_of_a_plug_in_is_a_traceback(dmpo, monkeypatch, capsys, judged):
     reward.verify = lambda problem, text: judged
     with pytest.raises(SystemExit) as stop:
         args = cpu_args(dmpo, eval_samples=2)
-        dmpo.evaluate(None, None, [[]], [dmpo.Problem("", 0)], reward, args)
-    assert stop.value.code == 2 and "reward.verify" in capsys.readouterr().err
+        dmpo.evaluate(None, None, [[]], [dmpo.Problem("ask", 0)], reward, args)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: reward.verify failed on")
+    assert "prompt 'ask', completion 'a'" in said
 
 
 def test_verdict_that_is_no_bool_counts_twice(dmpo, monkeypatch):

@@ -810,13 +810,14 @@ def test_two_processes_write_in_one_folder(name, tmp_path):
     is gone."""
     script = load_script(name)
     args = script.Args(run_dir=str(tmp_path / "run"), device="cpu")
-    held = script.open_run(args, 0)
+    rest = [] if name == "ppo_envs" else [{}]
+    held = script.open_run(args, 0, *rest)
     args.resume, before = args.run_dir, tree(tmp_path)
     with pytest.raises(SystemExit) as end:
-        script.open_run(args, 0)
+        script.open_run(args, 0, *rest)
     assert end.value.code == 2 and tree(tmp_path) == before
     held.close()
-    assert script.open_run(args, 0)
+    assert script.open_run(args, 0, *rest)
 
 
 @pytest.mark.parametrize("name", FOLDER_SCRIPTS)
@@ -1006,6 +1007,23 @@ def test_solution_that_is_no_text_is_a_traceback(name, train):
         for item in script.Problem("a", 1, value), line | {"solution": value}:
             assert script.to_problem(item) == script.Problem("a", 1, wanted)
     assert script.to_problem(line) == script.Problem("a", 1, "")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_run_goes_on_with_another_reference_or_teacher(name, train, tmp_path):
+    """The folder of --model or --teacher holds other weights by now, of a run that went
+    on there: the second half of the curve is about another KL."""
+    folder, tokenizer = tmp_path / "frozen", char_tokenizer()
+    save_model(folder, small_qwen3(len(tokenizer), seed=2), tokenizer)
+    flags = ["--teacher", str(folder)]
+    if name != "vopd":
+        flags = ["--model", str(folder), "--kl-coef", "0.1"]
+    assert train(name, PLUGIN, *train.new(name), *flags)[0] == 0
+    again = "--resume", "run", "--steps"
+    assert train(name, PLUGIN, *again, "2")[0] == 0
+    save_model(folder, small_qwen3(len(tokenizer), seed=3), tokenizer)
+    code, errors = train(name, PLUGIN, *again, "3")
+    assert code == 2 and "error: reference or teacher is not" in errors
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -236,6 +236,17 @@ def test_ranks_start_from_different_adapters(name, folder):
 
 
 @pytest.mark.parametrize("name", OWN)
+def test_adapter_forgets_its_end_tokens(name, cli):
+    """A student takes over its teacher's end tokens; saved as an adapter and loaded
+    again it would go on beyond them, where only the base's count."""
+    script, folder = load_script(name), Path("run/checkpoint")
+    assert cli(name, steps=1).code == 0
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 50]}')
+    loaded = script.load_model(str(folder), cpu_args(script))
+    assert script.stop_ids(*loaded) == [1, 50]
+
+
+@pytest.mark.parametrize("name", OWN)
 def test_adapter_without_a_tokenizer_cannot_be_loaded(name, cli):
     """Many adapters are published without tokenizer files: theirs are the base's."""
     assert cli(name, steps=1).code == 0

@@ -633,6 +633,8 @@ def test_mistake_of_the_user_shows_a_traceback(tmp_path, capsys, monkeypatch):
         ((*out, "--sizes", "huge"), {}, "'huge'"),
         ((*out, "--n", "0"), {}, "--n"),
         (("--out", "no/such/x.jsonl"), {}, "no/such"),
+        (("--out", "."), {}, "name a file"),
+        (("--n", "1", "--out", "/proc/x.jsonl"), {}, "cannot write"),
         (out, {"PYTHONPATH": str(tmp_path / "missing")}, "networkx"),
     ):
         result = command(tmp_path, *flags, **env)

@@ -541,9 +541,9 @@ def test_generator_cannot_be_posed_or_scored(load):
 
 def test_scorer_that_pays_for_a_constant_is_not_named(load, capsys):
     """A model finds an answer that is paid for whatever was asked, and pass@1 is 1: of
-    all but the slow generators, and of puzzle24, those that take one of these for most
-    of 12 problems are named on stderr when they are loaded, no other is. One takes its
-    question back."""
+    all but the slow generators, and of puzzle24, those that pay more than 0.9 of these
+    for most of 12 problems are named on stderr when they are loaded, no other is. One
+    takes its question back."""
     names = [*GENERATORS, "puzzle24"]
     every = dict(REASONING_GYM=",".join(names), REASONING_GYM_SIZE=16 * len(names))
     problems, _, reward = load("reasoning_gym", **every)
@@ -552,7 +552,8 @@ def test_scorer_that_pays_for_a_constant_is_not_named(load, capsys):
         asked.setdefault(problem.answer["name"], []).append(problem)
     judge, paid = inside(reward)["judge"], set()
     for name, some in asked.items():
-        for constant in ("0", "nan", "x", "6*4*1*1", "(P ∨ Q)", "Integral({}, {})"):
+        constants = ["0", "nan", "x", "6*4*1*1", "(P ∨ Q)", "Integral({}, {})"]
+        for constant in (*constants, str([10 * [0] for _ in range(10)])):
             scores = []
             for problem in some[:12]:
                 entry = problem.answer["entry"]
@@ -562,9 +563,17 @@ def test_scorer_that_pays_for_a_constant_is_not_named(load, capsys):
                     scores.append(judge(name, text, entry))
                 except Exception:  # as in the worker
                     scores.append(0.0)
-            if sum(score >= 1 for score in scores) > len(scores) / 2:
+            if sum(score > 0.9 for score in scores) > len(scores) / 2:
                 paid.add(name)
-    assert paid == {name for name in asked if f"{name}: " in said} and len(paid) == 6
+    assert paid == {name for name in asked if f"{name}: " in said} and len(paid) == 7
+
+
+def test_generator_named_twice_has_half_the_problems(load):
+    """Two names of one data set would share its iterator, and each take half of it."""
+    known = dict(REASONING_GYM_SIZE=400)
+    once, _, _ = load("reasoning_gym", REASONING_GYM="chain_sum", **known)
+    twice, _, _ = load("reasoning_gym", REASONING_GYM="chain_sum,chain_sum", **known)
+    assert len(once) == len(twice) > 250
 
 
 LISTS = """

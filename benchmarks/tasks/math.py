@@ -15,8 +15,9 @@
                   longer than there is room, unless it is /no_think
 
 The reward is 1 if the last \\boxed{...} in the last 2,000 characters of a completion is
-the text of the answer, or equal to it for math-verify (which does not compare the bases
-of numbers such as 12_7, nor an interval with an inequality). What is thought before
+the text of the answer, or equal to it for math-verify (which compares numbers to six
+decimals, reads the right side of an equation alone, and neither units, the bases of
+numbers such as 12_7 nor the brackets of a pair). What is thought before
 </think> does not count, and a thought that is not ended earns nothing. Evaluation takes
 the test split in a fixed order that mixes its subjects; its questions are not trained
 on. Rows without a boxed answer are left out, and counted on stderr.

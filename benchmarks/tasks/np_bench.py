@@ -494,10 +494,10 @@ TASKS = {row[0]: task(*row) for row in ROWS}
 def parse(text: str) -> list[int] | None:
     """The numbers after the last "Answer:" (or "**Answer**:"), or None if there are
     none, if one has more than four digits, or if there is anything else but commas,
-    spaces and brackets."""
+    semicolons, spaces and brackets."""
     *found, rest = re.split(r"Answer\*{0,2}:", text[-LONGEST:])
     rest = rest.strip(" \t\n*`$.")
-    if not found or not re.fullmatch(r"[0-9 \t\n,;()\[\]]+", rest):
+    if not found or not re.fullmatch(r"[0-9 \t\n,;()\[\]{}]+", rest):
         return None
     numbers = re.findall(r"[0-9]+", rest)
     if not numbers or max(map(len, numbers)) > 4:
@@ -628,17 +628,23 @@ def main() -> None:
     sizes = names_in(args.sizes, SIZES, "--sizes")
     if args.n < 1:
         fail("--n has to be at least 1")
+    if not Path(args.out).name:
+        fail("--out has to name a file, such as np.jsonl")
     files = {"train": Path(args.out), "eval": held_out_file(args.out)}
     for path in files.values():
         if path.exists() or not path.parent.is_dir():
             fail(f"{path} exists, or its folder does not: choose another --out")
-    for split, path in files.items():
+    texts = {}
+    for split in files:
         n = args.n if split == "train" else math.ceil(args.n / 10)
         source = itertools.islice(generated(split, args.seed, tasks, sizes), n)
-        text = "".join(f"{json.dumps(problem)}\n" for problem in source)
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-        print(f"{path}: {n} problems")
+        texts[split] = "".join(f"{json.dumps(problem)}\n" for problem in source)
+    for split, path in files.items():  # both or, if it was stopped before, none
+        try:
+            path.write_text(texts[split], "utf-8")
+        except OSError as e:
+            fail(f"cannot write {path}: {e}")
+        print(f"{path}: {texts[split].count(chr(10))} problems")
 
 
 if __name__ == "__main__":

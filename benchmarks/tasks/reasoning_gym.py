@@ -9,15 +9,15 @@
                            (default: countdown)
     REASONING_GYM_CONFIG   their settings, as in {"countdown": {"max_numbers": 4}}
     REASONING_GYM_SIZE     problems to make at the start (default: 2000), of which three
-                           quarters are trained on, and then as many more as
-                           evaluation needs: seconds for most generators, over a
-                           minute for countdown, two seconds each for knight_swap
+                           quarters are trained on, and up to as many others, of which
+                           a quarter is for evaluation: seconds for most generators,
+                           over a minute for countdown, two seconds each for knight_swap
     REASONING_GYM_SECONDS  limit for one verdict (default: 3)
     REASONING_GYM_SUFFIX   put behind each question: see gsm8k.py's
 
 The reward is the generator's own score, 0 to 1, of what stands in the last <answer>
 </answer> of the last 10,000 characters of a completion; 0 without one, and for a
-<think> that is not ended. The scorers of six generators pay for one answer to most
+<think> that is not ended. The scorers of seven generators pay for one answer to most
 questions, or for an echo; a line says so. A question's own text decides whether it is
 held out (a quarter is), so the splits share none under any seed; their generators have
 seeds apart as well. Those of isomorphic_strings, polynomial_multiplication and
@@ -55,6 +55,7 @@ if not 0.1 <= SECONDS < 1e6:
 WARM_UP = "chain_sum", "3", {"answer": "3"}
 PAYS_FOR = {"coin_flip": "0", "complex_arithmetic": "nan", "game_of_life_halting": "x"}
 PAYS_FOR |= {"puzzle24": "6*4*1*1", "propositional_logic": "(P ∨ Q)"}
+PAYS_FOR |= {"game_of_life": "[[0, 0, ...], ...], no live cell"}
 PAYS_FOR |= {"simple_integration": "Integral(what it asks to integrate, X)"}
 
 
@@ -78,9 +79,8 @@ def judge(name: str, given: str, entry: dict) -> float:
 
 def problems(split: str, seed: int) -> Iterator[dict]:
     """Problems of the generators in turn, as many as REASONING_GYM_SIZE allows."""
-    names = os.environ.get("REASONING_GYM", "countdown").replace(",", " ").split() or [
-        ""
-    ]
+    names = os.environ.get("REASONING_GYM", "countdown").replace(",", " ").split()
+    names = [*dict.fromkeys(names)] or [""]
     known = json.loads(os.environ.get("REASONING_GYM_CONFIG", "{}"))
     if more := known.keys() - names:
         raise ValueError(f"REASONING_GYM_CONFIG has {sorted(more)}: not in {names}")
