@@ -909,9 +909,10 @@ def test_trace_is_overlooked(script, tmp_path, capsys):
         assert traces[0][0] == [*tokenizer("ab")["input_ids"], 1]
 
 
-def test_plain_rl_needs_room_for_traces(cli):
+def test_plain_rl_needs_room_for_traces(cli, tmp_path):
     """Behind 80 % of a trace there must be room for a completion; without traces the
     prompt (8 tokens) and a completion (62) need fit, in a context of 128."""
+    (tmp_path / "task.py").write_text(PLUGIN.replace("/ 4", "/ 400"))  # all are hard
     wide = dict(max_new_tokens=62, steps=1)
     assert cli(prefixes_per_problem=0, **wide).code == 0
     result = cli(run_dir="behind", **wide)
