@@ -29,16 +29,18 @@ above 0.
 Differences. The surrogate's advantages are normalised over the batch, not the
 minibatch; the value loss is not clipped; the learning rate is constant, so that a
 longer run continues a shorter one. Observations are normalised by the statistics of all
-earlier batches. The first batch is taken as it is, and when the statistics come in
-after it, the critic loses much of what it had learned from it. Batches of 2^21
-transitions or more are shuffled in blocks of neighbours. All environments begin
-together: those whose episodes have one length (pendulum) stay in step. Breakout has
-MinAtar's sticky actions, only the actions with an effect and at most 1,000 steps.
-The state of gym:<id> is not saved: --resume begins new episodes there. Evaluation
-episodes of gym:<id> and gymnax:<id> are cut after 10,000 steps. Under torchrun each
-rank has a share of the environments and of each minibatch; random draws depend on seed
-and step alone: the number of ranks changes the speed, not the result (apart from
-rounding, which training amplifies), unless the blocks do not divide a rank's share.
+earlier batches, and clipped at +-10. They are not normalised in the first batch: when
+the statistics come in after it, the critic loses much of what it had learned from it.
+Each later batch moves them, and with them policy and critic, which kl and DDR do not
+count. Batches of 2^21 transitions or more are shuffled in blocks of neighbours. All
+environments begin together: those whose episodes have one length (pendulum) stay in
+step. Breakout has MinAtar's sticky actions, only the actions with an effect and at most
+1,000 steps. The state of gym:<id> is not saved: --resume begins new episodes there.
+Evaluation episodes of gym:<id> and gymnax:<id> are cut after 10,000 steps. Under
+torchrun each rank has a share of the environments and of each minibatch; random draws
+depend on seed and step alone: the number of ranks changes the speed, not the result
+(apart from rounding, which training amplifies), unless the blocks do not divide a
+rank's share.
 
     python algos/ppo_envs.py
     python algos/ppo_envs.py --num-envs 1048576 --rollout-length 8 --steps 3
@@ -280,7 +282,7 @@ class Rules(NamedTuple):
 
     step: Callable  # state, actions, noise -> state, rewards (N,), terminated (N,)
     reset: Callable  # noise -> state
-    observe: Callable  # state -> obs (N, O) in the smallest exact dtype
+    observe: Callable  # state -> obs (N, O), float32 or bool
     noise_size: int  # K
     obs_size: int  # O
     outputs: int  # of the actor: logits, or means and log deviations of the actions
@@ -363,8 +365,8 @@ def open_gym(name: str, num_envs: int, mine: slice) -> tuple:
 
 
 def open_gymnax(name: str, num_envs: int, mine: slice) -> tuple:
-    """gymnax, or anything with its interface. Arrays go from JAX to PyTorch and back by
-    DLPack, not through the host; the state is kept as a list of tensors."""
+    """gymnax from 1.0 on. Arrays go from JAX to PyTorch and back by DLPack, not through
+    the host; the state is kept as a list of tensors."""
     import gymnax
     import jax
 
@@ -374,6 +376,9 @@ def open_gymnax(name: str, num_envs: int, mine: slice) -> tuple:
     all_reset = jax.jit(jax.vmap(lambda key: env.reset(key, params)))
     all_step = jax.jit(jax.vmap(lambda *inputs: env.step(*inputs, params)))
     structure = jax.tree.structure(jax.eval_shape(all_reset, keys(0))[1])
+    key = keys(0)[0]  # a KeyError now: gymnax before 1.0 keeps no last observation
+    first = key, env.reset(key, params)[1], env.action_space(params).sample(key)
+    jax.eval_shape(env.step, *first, params)[-1]["final_observation"]
     home = torch.from_dlpack(jax.numpy.zeros(1)).device  # JAX may be without a GPU
 
     def reset(seed):
@@ -395,14 +400,16 @@ class OtherEnv:
 
     def __init__(self, args: Args, num_envs: int, mine: slice):
         library, _, name = args.env.partition(":")
-        known = {"gym": ("gymnasium", open_gym), "gymnax": ("gymnax", open_gymnax)}
+        known = {"gym": ("gymnasium", open_gym), "gymnax": ("'gymnax>=1'", open_gymnax)}
         package, opener = known[library]
         with blame(f"--env {args.env} needs `pip install {package}` and a known id"):
             opened = opener(name, num_envs, mine)
         obs_space, space, self.restart, self.advance = opened
         kinds = type(obs_space).__name__, type(space).__name__
-        if kinds not in (("Box", "Discrete"), ("Box", "Box")):
+        whole = kinds[1] == "Box" and np.issubdtype(space.dtype, np.integer)
+        if kinds not in (("Box", "Discrete"), ("Box", "Box")) or whole:
             what = f"--env {args.env} has {kinds[0]} observations, {kinds[1]} actions"
+            what += " of whole numbers" * whole
             fail(f"{what}: only Box observations, Discrete or Box actions can be used")
         self.space, self.discrete = space, kinds[1] == "Discrete"
         self.obs_size, self.time_limit = math.prod(obs_space.shape), 10_000
@@ -412,7 +419,7 @@ class OtherEnv:
     def reset(self) -> torch.Tensor:
         seed = int(torch.randint(2**31, ()))  # on the host, as all seeds
         self.state, obs = self.restart(seed)
-        return obs.to(self.device).flatten(1)
+        return obs.to(self.device).reshape(len(obs), -1)
 
     def step(self, actions: torch.Tensor) -> tuple:
         if self.discrete:
@@ -424,7 +431,8 @@ class OtherEnv:
         seed = int(torch.randint(2**31, ()))
         self.state, *result = self.advance(seed, self.state, actions)
         obs, *rest, final_obs = (x.to(self.device) for x in result)
-        return obs.flatten(1), *rest, final_obs.flatten(1)
+        flat = (x.reshape(len(x), -1) for x in (obs, final_obs))
+        return next(flat), *rest, next(flat)
 
 
 def make_env(args: Args, num_envs: int, mine=slice(None)) -> TensorEnv | OtherEnv:
@@ -454,11 +462,11 @@ def agree(x: int, args: Args) -> bool:
     return not ends.sum()  # max(x) = min(x)
 
 
-def check_start(models: tuple, step: int, args: Args) -> None:
+def check_start(agent, step: int, args: Args) -> None:
     """End the run if its ranks do not start with the same weights after the same step:
-    nodes may have folders of their own. models: some may be None."""
-    weights = [x for model in models if model for x in model.state_dict().values()]
-    first = torch.cat([x.flatten()[:4096].float() for x in weights])
+    nodes may have folders of their own."""
+    first = [x.flatten()[:4096].float() for x in agent.state_dict().values()]
+    first = torch.cat(first)
     if not agree(step + int(first.view(torch.int32).sum()), args):
         fail("weights or steps differ between ranks: let all read the same folders")
 
@@ -1089,7 +1097,8 @@ def join_ranks(args: Args) -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if args.device == "cuda" else "gloo"
     patience = datetime.timedelta(hours=2)  # the first rank may have to train a model
-    dist.init_process_group(backend, timeout=patience)
+    with blame("WORLD_SIZE is set, but not by torchrun: use that, or unset it"):
+        dist.init_process_group(backend, timeout=patience)
     flags = [None] * WORLD_SIZE
     dist.all_gather_object(flags, vars(args))
     args.run_dir = flags[0]["run_dir"]  # the ranks' clocks differ
@@ -1133,7 +1142,7 @@ def train(args: Args) -> int:
         else:  # gym:<id>: new episodes, other ones than at the start
             torch.manual_seed(args.seed * 10**9 + step)
             live["obs"] = env.reset()
-    check_start((agent,), step, args)
+    check_start(agent, step, args)
     if not args.resume:
         metrics = {"step": 0, "transitions": 0} | evaluate(agent, test_env, args)
         score = metrics["eval/episode_return"]
@@ -1198,8 +1207,10 @@ def main() -> None:
         code = train(args)
     except KeyboardInterrupt:  # before the first step: there is nothing to save
         sys.exit(130)
-    except torch.OutOfMemoryError as e:
-        flags = "--num-envs, --rollout-length or --minibatch-size"
+    except RuntimeError as e:
+        if not (isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e)):
+            raise  # a CPU's allocator has no exception of its own
+        flags = "--num-envs, --rollout-length, --minibatch-size or --eval-episodes"
         fail(f"too little memory: start again with a lower {flags}: {e}")
     if WORLD_SIZE > 1:
         dist.barrier()  # a rank that leaves before the others makes them fail

@@ -242,7 +242,10 @@ TASKS = {"chain": (chain_problems, chain_reward, 9)}  # 9: default size
 def answer_reward(problem: Problem, completion: str) -> float:
     """For --data: 1.0 if the answer is the text after the last "Answer:" (all the text
     if there is none) or the last number in it, else 0.0."""
-    texts = str(problem.answer), completion[-1000:].rpartition("Answer:")[2]
+    end = completion[-1000:]
+    if len(completion) > 1000:
+        end = re.sub(r"^\S+", "", end)  # 142 may have been cut to 42
+    texts = str(problem.answer), end.rpartition("Answer:")[2]
     texts = [text.replace("\N{MINUS SIGN}", "-") for text in texts]
     answer, text = (x.strip("* \r\n\t").rstrip("*. \r\n\t") for x in texts)  # **B.**
     number = r"(?:(?<![\w)])-)?(?:[0-9]+(?:[.,/][0-9]+)*|(?<![0-9])[.][0-9]+)"
@@ -488,13 +491,13 @@ def load_model(name: str, args: Args) -> tuple:
         adapter = Path(name, "adapter_config.json")
         if adapter.exists():
             base = json.loads(adapter.read_text())["base_model_name_or_path"]
-        config = transformers.AutoConfig.from_pretrained(base)
+        safe = dict(trust_remote_code=False)  # None would ask, and run it
+        config = transformers.AutoConfig.from_pretrained(base, **safe)
         for key in [key for key in vars(config) if "drop" in key]:
             setattr(config, key, 0.0)
-        kwargs = dict(config=config, dtype=torch.float32)
-        kwargs |= dict(output_loading_info=True)
+        kwargs = dict(config=config, dtype=torch.float32, output_loading_info=True)
         auto = transformers.AutoModelForCausalLM
-        model, info = auto.from_pretrained(base, **kwargs)
+        model, info = auto.from_pretrained(base, **kwargs, **safe)
         if info["missing_keys"]:  # they would be random
             raise ValueError(f"its files lack {sorted(info['missing_keys'])[:3]}")
         if adapter.exists():
@@ -510,7 +513,8 @@ def load_model(name: str, args: Args) -> tuple:
             if isinstance(module, torch.nn.Dropout):  # an adapter's
                 module.p = 0.0
         own = any(Path(name).glob("tokenizer*"))  # an adapter may have none
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name if own else base)
+        files = name if own else base
+        tokenizer = transformers.AutoTokenizer.from_pretrained(files, **safe)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # made without files
             raise ValueError("its tokenizer has no words: are its files there?")
         if tokenizer.eos_token_id is None:
@@ -670,6 +674,9 @@ def encode_prompts(
             if isinstance(prompt, str):
                 bare = not prompt.startswith(tokenizer.bos_token or "\0")  # one BOS
                 ids = tokenizer(prompt, add_special_tokens=bare)["input_ids"]
+                ended = prompt.endswith(tokenizer.eos_token)  # some tokenizers add it
+                if ids[-1:] == [tokenizer.eos_token_id] and not ended:
+                    ids = ids[:-1]
             else:
                 ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
                 ids = ids["input_ids"]
@@ -937,11 +944,13 @@ class Logprobs(torch.autograd.Function):
         found = []
         for h, y in zip(hidden.split(chunk), targets.split(chunk)):
             logits = F.linear(h, weight, bias)
-            log_p = logits.log_softmax(-1, dtype=torch.float32)
+            dtype, log_p = logits.dtype, logits.log_softmax(-1, dtype=torch.float32)
+            del logits
             entropies = log_p.exp().mul_(log_p).sum(-1).neg_()
             found.append((log_p.gather(-1, y[:, None])[:, 0], entropies))
+            del log_p  # or it is there while the next chunk is made
         logprobs, entropies = (torch.cat(x) for x in zip(*found))
-        ctx.constants = chunk, logits.dtype  # bf16 under autocast
+        ctx.constants = chunk, dtype  # bf16 under autocast
         ctx.save_for_backward(hidden, weight, bias, targets, logprobs)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -977,8 +986,8 @@ def token_logprobs(
     model, tokens, attention_mask, completion_length: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs (B, C), with gradient, and entropies (B, C) of the last C columns of
-    tokens (B, T), in nats; 0 where attention_mask (B, T) is 0. At most about 2^28 bytes
-    of logits exist at once."""
+    tokens (B, T), in nats; 0 where attention_mask (B, T) is 0. Logits exist in chunks
+    of about 2^28 bytes (twice that where they become fp32), two at once."""
     head = model.get_output_embeddings()
     hidden, scored = last_hidden(model, tokens, attention_mask, completion_length)
     bias = None if head.bias is None else head.bias / temperature
@@ -1714,7 +1723,8 @@ def nothing_lost(args: Args, step: int, parts: tuple, *logs: dict) -> Iterator[N
                 write_logs(args, *logs)
             if RANK == 0:
                 save_checkpoint(Path(args.run_dir), step, *parts)
-                print(f"step {step} is saved; to continue: --resume {args.run_dir}")
+                more = " with more --steps" * (step == args.steps)
+            print(f"step {step} is saved; to continue: --resume {args.run_dir}{more}")
             if WORLD_SIZE > 1:
                 dist.barrier()  # the end of one rank is the end of all
         finally:  # if this fails as well, the first error is not lost
@@ -1939,7 +1949,8 @@ def join_ranks(args: Args) -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if args.device == "cuda" else "gloo"
     patience = datetime.timedelta(hours=2)  # the first rank may have to train a model
-    dist.init_process_group(backend, timeout=patience)
+    with blame("WORLD_SIZE is set, but not by torchrun: use that, or unset it"):
+        dist.init_process_group(backend, timeout=patience)
     flags = [None] * WORLD_SIZE
     dist.all_gather_object(flags, vars(args))
     args.run_dir = flags[0]["run_dir"]  # the ranks' clocks differ
@@ -1954,7 +1965,9 @@ def train(args: Args) -> int:
     transformers.utils.logging.disable_progress_bar()
     problems, held_out, reward = load_task(args)
     known = {"prompts_hash": hash_prompts(problems + held_out, args)}
-    name = built_in(args.model, problems, args)
+    name = args.model
+    if not args.resume or args.kl_coef or args.lora_rank:
+        name = built_in(name, problems, args)
     last = Path(args.run_dir, "checkpoint")
     model, tokenizer = load_model(str(last) if args.resume else name, args)
     add_lora(model, args)
@@ -2045,7 +2058,9 @@ def main() -> None:
     except KeyboardInterrupt:  # before the first step: there is nothing to save
         tqdm.write("stopped before the first step; what was tried is cached")
         sys.exit(130)
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:
+        if not (isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e)):
+            raise  # a CPU's allocator has no exception of its own
         how = "--resume it" if Path(args.run_dir).exists() else "start again"
         flags = "--micro-batch-size or --rollout-batch-size"
         fail(f"too little memory: {how} with a lower {flags}: {e}")

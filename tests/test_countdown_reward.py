@@ -277,3 +277,15 @@ def test_answer_found_where_it_is_not_given(grpo, answer, text, value):
     """A reward that looks for the answer anywhere in the text pays for listing numbers:
     the text after the last "Answer:", or the last number in it, decides."""
     assert grpo.answer_reward(grpo.Problem("?", answer), text) == value
+
+
+def test_tail_of_a_number_is_paid(grpo):
+    """The last 1,000 characters may begin inside a number: 142 is not 42."""
+    for text, value in (
+        ("142" + " " * 998, 0.0),
+        ("142" + "." + " " * 997, 0.0),
+        ("so 42" + " " * 990, 1.0),
+        ("1 and so on, 42" + " " * 990, 1.0),
+        ("-42" + " " * 998, 0.0),
+    ):
+        assert grpo.answer_reward(grpo.Problem("?", "42"), text) == value, text[:20]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import gc
+import itertools
 import json
 import math
 import os
@@ -714,12 +715,16 @@ def test_too_little_memory_is_a_traceback(name, monkeypatch, capsys, tmp_path):
     whether there is a run to go on with."""
     script = load_script(name)
 
+    gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate 2 GiB")
+    words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+    wanted = {gpu: "CUDA out of memory. Tried to allocate", RuntimeError(words): words}
+
     def full(args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate 2 GiB")
+        raise why
 
     monkeypatch.setattr(script, "train", full)
     monkeypatch.setattr(script, "parse_args", lambda: args)
-    for folder in "nowhere", str(tmp_path):
+    for folder, why in itertools.product(("nowhere", str(tmp_path)), wanted):
         args = script.Args(device="cpu", run_dir=folder)
         with pytest.raises(SystemExit) as stop:
             script.main()
@@ -728,9 +733,12 @@ def test_too_little_memory_is_a_traceback(name, monkeypatch, capsys, tmp_path):
         for flag in re.findall("--[a-z-]+", error):
             assert flag[2:].replace("-", "_") in vars(script.Args())
         size = "--minibatch-size" if name == "ppo_envs" else "--micro-batch-size"
-        assert size in error and "CUDA out of memory. Tried to allocate" in error
+        assert size in error and wanted[why] in error
         goes_on = folder != "nowhere" and name != "ppo_envs"
         assert ("--resume" in error) == goes_on == ("start again" not in error)
+    why = RuntimeError("a bug, not memory")
+    with pytest.raises(RuntimeError, match="a bug"):
+        script.main()
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "ppo_envs"])
@@ -1086,6 +1094,32 @@ def test_peft_is_missing_and_the_run_begins(refused, monkeypatch):
     folder is left."""
     monkeypatch.setitem(sys.modules, "peft", None)
     refused("--lora-rank", "2", words=("--lora-rank", "pip install peft"))
+
+
+def test_code_of_a_model_is_run(grpo, small_folder, tmp_path, monkeypatch):
+    """A model's folder may hold Python, which transformers runs if one types y. Nothing
+    is asked here, and nothing of it is run."""
+    shutil.copytree(small_folder, tmp_path / "model")
+    trace, files = tmp_path / "trace", tmp_path / "model"
+    own = dict(model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    (files / "config.json").write_text(json.dumps(own))
+    code = f"from transformers import PretrainedConfig\nopen({str(trace)!r}, 'w')\n"
+    code += "class OwnConfig(PretrainedConfig):\n    model_type = 'own'\n"
+    (files / "own.py").write_text(code)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(SystemExit) as stop:
+        grpo.load_model(str(files), cpu_args(grpo))
+    assert stop.value.code == 2 and not trace.exists()
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "ppo_envs"])
+def test_variable_of_a_scheduler_is_a_traceback(name, tmp_path):
+    """WORLD_SIZE without RANK is not torchrun's, but a scheduler's."""
+    done = run_script(script_path(name), cwd=tmp_path, WORLD_SIZE="2")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith("error: WORLD_SIZE is set, but not by torchrun")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_model_that_cannot_stop_is_trained(refused, tmp_path):

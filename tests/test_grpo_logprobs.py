@@ -680,6 +680,16 @@ def test_two_bos_or_a_template_applied_twice(grpo, capsys):
     ready = grpo.Problem(f"{tokenizer.bos_token}2+2=", 4)  # text that has its BOS
     assert grpo.encode_prompts(tokenizer, [ready], 100, 10**6) == [of_text]
 
+    ends = [
+        (f"<{x}>", tokenizer.convert_tokens_to_ids(f"<{x}>")) for x in ("bos", "eos")
+    ]
+    whole = processors.TemplateProcessing("<bos> $A <eos>", special_tokens=ends)
+    tokenizer.backend_tokenizer.post_processor = whole  # as saved after fine-tuning
+    assert grpo.encode_prompts(tokenizer, [problems[1]], 100, 10**6) == [of_text]
+    asked = grpo.Problem("2+2=<eos>", 4)
+    (ids,) = grpo.encode_prompts(tokenizer, [asked], 100, 10**6)
+    assert ids == [*of_text, *2 * [tokenizer.eos_token_id]]  # the tokenizer's own
+
     tokenizer.chat_template = None
     with pytest.raises(SystemExit) as stopped:
         grpo.encode_prompts(tokenizer, problems[:1], 100, 10**6)

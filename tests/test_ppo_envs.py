@@ -876,6 +876,64 @@ def test_wide_observations_are_stored(ppo):
         assert obs.dtype == final_obs.dtype == wanted and rewards.dtype == torch.float32
 
 
+def test_space_that_cannot_be_used_is_a_traceback(ppo, capsys):
+    """Observations of one number have no axis to flatten: they are (N, 1). Whole-number
+    Box actions would be given as floats: one line says that they are not for us."""
+    gymnasium = pytest.importorskip("gymnasium", reason=NEEDS)
+    box = gymnasium.spaces.Box
+
+    class One(gymnasium.Env):
+        observation_space = box(-1, 1, ())
+
+        def __init__(self, kind):
+            self.action_space = box(-3, 3, (2,), kind)
+
+        def reset(self, seed=None, options=None):
+            return np.float32(0.5), {}
+
+        def step(self, action):
+            return np.float32(0.25), 1.0, False, False, {}
+
+    for kind in np.float32, np.int32:
+        with mock.patch.dict(gymnasium.registry):
+            gymnasium.register("One-v0", lambda kind=kind: One(kind))
+            args = args_of(ppo, env="gym:One-v0")
+            if kind == np.int32:
+                with pytest.raises(SystemExit) as stop:
+                    ppo.make_env(args, 2)
+                assert stop.value.code == 2
+                assert "Box actions of whole numbers" in capsys.readouterr().err
+                continue
+            env = ppo.make_env(args, 2)
+            obs, *_, final_obs = env.reset(), *env.step(torch.zeros(2, 2))
+            assert obs.shape == final_obs.shape == (2, 1) and env.obs_size == 1
+
+
+def test_older_gymnax_is_a_traceback_in_the_first_step(ppo, monkeypatch, capsys):
+    """gymnax before 1.0 has no final_observation: the line says which one is needed."""
+    gymnax = pytest.importorskip("gymnax", reason=NEEDS)
+    make = gymnax.make
+
+    def older(name):
+        env, params = make(name)
+        step = env.step
+
+        def five(*inputs):
+            *rest, info = step(*inputs)
+            return *rest, {k: x for k, x in info.items() if k != "final_observation"}
+
+        env.step = five
+        return env, params
+
+    monkeypatch.setattr(gymnax, "make", older)
+    with pytest.raises(SystemExit) as stop:
+        ppo.make_env(args_of(ppo, env="gymnax:CartPole-v1"), 4)
+    error = capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and "gymnax>=1" in error and "final_observation" in error
+    )
+
+
 def test_gymnax_final_observation_is_lost(ppo):
     """gymnax:<id>: terminated and truncated apart, no copy on the way, state restored;
     the dynamics are those of our own CartPole."""

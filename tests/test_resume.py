@@ -279,6 +279,19 @@ def test_interrupt_in_the_last_step_asks_for_a_resume(cli, tmp_path):
     assert "stopped" not in result.stdout and "run folder: run" in result.stdout
 
 
+def test_end_that_cannot_be_resumed_says_to_resume_it(cli, tmp_path):
+    """A reward that fails in the last evaluation: --resume with as many steps would be
+    refused, so the line asks for more."""
+    late = "    log = 'run/metrics.jsonl'\n    if os.path.exists(log) and 2 == ("
+    late += "open(log).read().count('\\n')) and 'eval' in problem.prompt:\n"
+    late += "        1 / 0\n    return"
+    (tmp_path / "task.py").write_text(
+        "import os\n" + PLUGIN.replace("    return", late)
+    )
+    result = cli("--steps", "2")
+    assert result.code == 2 and "--resume run with more --steps" in result.stdout
+
+
 def test_resume_goes_on_with_other_answers(cli, tmp_path):
     """The file of --data is another one by now: the same prompts, other answers, and
     the second half of the curve is of another reward."""

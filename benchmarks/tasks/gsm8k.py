@@ -85,6 +85,9 @@ def reward(problem, completion: str) -> float:
     text = completion.rpartition("</think>")[2]
     if "<think>" in text:  # it was cut off
         return 0.0
-    boxes = BOX.findall(text[-1000:])
-    number = last_number(boxes[-1] if boxes else text[-1000:])
+    end = text[-1000:]
+    if len(text) > 1000:
+        end = re.sub(r"^\S+", "", end)  # 142 may have been cut to 42
+    boxes = BOX.findall(end)
+    number = last_number(boxes[-1] if boxes else end)
     return float(number == Decimal(problem.answer))
