@@ -612,8 +612,8 @@ def load_model(name: str, args: Args) -> tuple:
             if more or model.peft_config["default"].modules_to_save:
                 raise ValueError("its adapter has more than LoRA layers: merge it")
             if Path(name, "generation_config.json").exists():  # its own end tokens
-                own = transformers.GenerationConfig.from_pretrained(name)
-                model.generation_config = own
+                how = transformers.GenerationConfig.from_pretrained(name)
+                model.generation_config = how
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):  # an adapter's
                 module.p = 0.0
@@ -743,7 +743,10 @@ def check_weights(model, frozen, step: int, args: Args) -> int:
     if not agree(step + total(model), args):
         fail("weights or steps differ between ranks: let all read the same folders")
     if not unchanged("frozen_hash", known, args):
-        fail("reference or teacher is not that of all ranks and of the run's start")
+        fail(
+            "reference or teacher differs between ranks or from the run's start: put "
+            "the old one back"
+        )
     return known
 
 

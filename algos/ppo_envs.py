@@ -1013,6 +1013,9 @@ def check(args: Args) -> None:
         unit = args.minibatch_size // math.gcd(args.minibatch_size, args.num_envs)
         steps = max(32, 8 * args.minibatch_size / args.num_envs)
         args.rollout_length = math.ceil(steps / unit) * unit
+        if args.rollout_length > 2 * steps and RANK == 0:
+            why = f"--num-envs {args.num_envs} makes no whole minibatches before that"
+            tqdm.write(f"--rollout-length is {args.rollout_length}: {why}")
     batch, (size, _) = args.num_envs * args.rollout_length, recipe(args)
     has = f"the batch of --num-envs x --rollout-length = {batch} transitions"
     for wrong, message in (

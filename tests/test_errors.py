@@ -1031,7 +1031,7 @@ def test_run_goes_on_with_another_reference_or_teacher(name, train, tmp_path):
     assert train(name, PLUGIN, *again, "2")[0] == 0
     save_model(folder, small_qwen3(len(tokenizer), seed=3), tokenizer)
     code, errors = train(name, PLUGIN, *again, "3")
-    assert code == 2 and "error: reference or teacher is not" in errors
+    assert code == 2 and "error: reference or teacher differs" in errors
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

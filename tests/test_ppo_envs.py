@@ -1342,3 +1342,14 @@ def test_missing_library_is_a_traceback(ppo, run, tmp_path, monkeypatch, capsys)
     assert "pip install gymnasium" in capsys.readouterr().err and not list(
         tmp_path.iterdir()
     )
+
+
+def test_rollout_grows_in_silence(ppo, capsys):
+    """257 environments make whole minibatches of 512 only every 512 steps: batches 16
+    times as large as asked for, of which a line tells. 256 keep to 32 steps."""
+    for num_envs, length in ((256, 32), (96, 48), (257, 512)):
+        args = ppo.Args(num_envs=num_envs)
+        ppo.check(args)
+        said = capsys.readouterr().out
+        assert args.rollout_length == length
+        assert ("--rollout-length is 512: --num-envs 257" in said) == (length == 512)
