@@ -405,10 +405,10 @@ SKILL = (
     "problems neither is clearly ahead."
 )
 FEW = (
-    "Both arms spread widely over seeds. SFT, then RL imitates 960 traces here, as with "
-    "96 of them, but in 96 steps of ten, not in 30 of 32. (With 30 steps of 32, filled "
-    "up with copies, as an earlier version of prefixrl.py had it, on another kind of "
-    "processor: -0.010 [-0.036, +0.020].)"
+    "Both arms spread widely over seeds. SFT, then RL imitates 960 traces here, as "
+    "with 96 of them, but in 96 steps of ten, not in 30 of 32. (With 30 steps of 32, "
+    "filled up with copies, as an earlier version of prefixrl.py had it, on another "
+    "kind of processor: -0.010 [-0.036, +0.020].)"
 )
 SHORT = (
     "At 3.7 million transitions 4,096 and 16,384 environments have made 28 and 7 outer "
