@@ -1727,7 +1727,7 @@ def nothing_lost(args: Args, step: int, parts: tuple, *logs: dict) -> Iterator[N
             if RANK == 0:
                 save_checkpoint(Path(args.run_dir), step, *parts)
                 more = " with more --steps" * (step == args.steps)
-            print(f"step {step} is saved; to continue: --resume {args.run_dir}{more}")
+                print(f"step {step} is saved; continue: --resume {args.run_dir}{more}")
             if WORLD_SIZE > 1:
                 dist.barrier()  # the end of one rank is the end of all
         finally:  # if this fails as well, the first error is not lost

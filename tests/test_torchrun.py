@@ -285,7 +285,9 @@ def test_nodes_have_folders_of_their_own(name, what, run, home):
         weights = load_file(file)
         weights["model.norm.weight"][0] += 1e-6
         save_file(weights, file, {"format": "pt"})
-    with pytest.raises(AssertionError, match="error: weights or steps differ"):
+    frozen = what in ("teacher", "reference")
+    said = "reference or teacher" if frozen else "weights or steps"
+    with pytest.raises(AssertionError, match=f"error: {said} differ"):
         run(patched(home, name, lines), 2, home, **flags)
     logs = [*home.glob("node*/run/metrics.jsonl")]
     assert all(len(x.read_text().splitlines()) == 2 for x in logs)
