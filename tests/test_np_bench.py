@@ -191,6 +191,7 @@ STYLES = (
     lambda a: f"Answer: 7, 7\nno.\n**Answer**: {a}.",
     lambda a: f"3 * 5 = 15\n\nAnswer:\n{' '.join(map(str, a))}\n",
     lambda a: "x" * 2000 + f"Answer: ({';'.join(map(str, a))})",
+    lambda a: f"Answer: {{{', '.join(map(str, a))}}}",  # as one writes a set
 )
 
 

@@ -205,6 +205,8 @@ GSM8K_REWARDS = [
     ("7", "<think>7</think>", 0),
     ("42", "<think>7</think> 42 <think> 42", 0),
     ("2", "18 m^2", 0),
+    ("42", "142" + " " * 998, 0),  # the last 1,000 characters begin inside the number
+    ("42", "so 42" + " " * 990, 1),
 ]
 
 
